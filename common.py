@@ -1,0 +1,613 @@
+"""What the five methods share: captioned pictures and a frozen text encoder in, a run folder out.
+
+    pictures on disk -> CaptionedImages -> batches of (pictures uint8 (B, 3, S, S), B captions)
+    captions         -> TextEncoder     -> features (B, L, D), mask (B, L)
+    a training       -> Run             -> runs/<name>/{config.json, model.safetensors, state.pt, metrics.csv, loss.png, results.json, samples/}
+
+Nothing here knows a method. A user's slip raises `UserError`, which `entry` turns into one line and exit status 2.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+DATA_HELP = """expected either the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise)
+or a folder of pictures with a .txt caption beside each"""
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is one line that says what is wrong and what to do."""
+
+
+def entry(main):
+    """Runs a script's main(): a `UserError` ends it with one line and status 2, Ctrl-C with status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------- captioned pictures
+def load_picture(path, size):
+    """Reads a picture as (size, size, 3) uint8: its largest centred square, resized with the Lanczos filter.
+
+    Draft mode lets the JPEG decoder work at 1/2, 1/4 or 1/8 of the size, whichever still holds `size` pixels.
+    Raises OSError (or another of BROKEN) for a file that is missing, cut off or no picture.
+    """
+    with Image.open(path) as image:
+        image.draft("RGB", (size, size))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+        return np.asarray(image)
+
+
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not whole JSON ({error}): copy or unpack it again") from None
+
+
+def read_coco(root, split):
+    """COCO captions of one split: a list of (picture path, [captions], entry of the image in the annotations)."""
+    for year in ("2017", "2014"):
+        notes, folder = root / "annotations" / f"captions_{split}{year}.json", root / f"{split}{year}"
+        if notes.exists():
+            break
+    else:
+        raise UserError(f"{root}/annotations has no captions_{split}2017.json and no captions_{split}2014.json; {DATA_HELP}")
+    if not folder.is_dir():
+        raise UserError(f"{notes} is there but its pictures, {folder}/, are not: unpack {folder.name}.zip beside annotations/")
+    content = read_json(notes)
+    try:
+        told = {}
+        for note in content["annotations"]:
+            if text := " ".join(note["caption"].split()):           # some captions of COCO have line breaks, some are blank
+                told.setdefault(note["image_id"], []).append(text)
+        there = {item.name for item in os.scandir(folder)}
+        listed = [image for image in content["images"] if image["id"] in told]
+        items = [(folder / image["file_name"], told[image["id"]], image) for image in listed if image["file_name"] in there]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{notes} is not a COCO captions file (no {error}): use captions_*.json, not instances_*.json") from None
+    missing = [image["file_name"] for image in listed if image["file_name"] not in there]
+    if len(missing) > 0.01 * len(listed):
+        raise UserError(f"{len(missing):,} of {len(listed):,} pictures of {notes} are not in {folder}/ (first: {missing[0]}): unpack {folder.name}.zip there")
+    if missing:
+        print(f"warning: {len(missing)} pictures of {notes.name} are not in {folder}/ and are left out (first: {missing[0]})")
+    return items
+
+
+def read_folder(root, split):
+    """Pictures with a .txt caption (one a line) beside each; every twentieth, and at least one, is for validation."""
+    pairs = [(path, path.with_suffix(".txt")) for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES]
+    pairs = [(path, text) for path, text in pairs if text.exists()]
+    pairs = [pair for i, pair in enumerate(pairs) if (i % 20 == 0) == (split == "val")]
+    told = [(path, [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]) for path, text in pairs]
+    return [(path, texts, {"file_name": path.name}) for path, texts in told if texts]
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Pictures and captions of a folder: COCO 2014 or 2017, or pictures with a .txt beside each.
+
+    root: the folder; split: "train" or "val"; size: pixels of the square pictures.
+    `self[i, draw]` -> (picture uint8 (3, S, S), one of its captions, path of a broken picture or ""). `draw` is an integer that decides
+    which caption; the same pair always gives the same item, in whichever process. A broken picture is replaced by another, drawn with `draw`.
+    Raises UserError for a folder that is not as described, and when no picture is left.
+    """
+    def __init__(self, root, split, size):
+        root = Path(root)
+        if not root.is_dir():
+            raise UserError(f"--data {root}: there is no such folder; {DATA_HELP}")
+        self.items = read_coco(root, split) if (root / "annotations").is_dir() else read_folder(root, split)
+        if not self.items:
+            raise UserError(f"--data {root}: no picture with a caption for the {split} split; {DATA_HELP}")
+        self.size = size
+        # small pictures are decoded once and kept; larger sets are read by worker processes
+        self.cache = {} if len(self.items) * 3 * size**2 <= 256e6 else None
+
+    def __len__(self):
+        return len(self.items)
+
+    def picture(self, i):
+        """(3, S, S) uint8; raises one of BROKEN."""
+        if self.cache is None or i not in self.cache:
+            picture = torch.from_numpy(load_picture(self.items[i][0], self.size).copy()).permute(2, 0, 1)
+            if self.cache is None:
+                return picture
+            self.cache[i] = picture
+        return self.cache[i]
+
+    def __getitem__(self, index):
+        i, draw = index
+        rng, broken = random.Random(draw), ""
+        for _ in range(20):
+            try:
+                return self.picture(i), rng.choice(self.items[i][1]), broken
+            except BROKEN:
+                broken = str(self.items[i][0])
+                i = rng.randrange(len(self))
+        raise UserError(f"twenty pictures in a row could not be read, the last one {broken}: is the folder damaged?")
+
+
+class Draws:
+    """The batches of a training: step s is a function of the seed and of s alone, so a resumed run sees what it would have seen.
+
+    Iterating gives, for each step from `start` to `stop`, the list of (index, draw) that `CaptionedImages` takes. Every picture
+    comes once an epoch, in a new order each time.
+    """
+    def __init__(self, length, batch, start, stop, seed):
+        self.length, self.batch, self.start, self.stop, self.seed = length, batch, start, stop, seed
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.start, self.stop):
+            places = []
+            for position in range(step * self.batch, (step + 1) * self.batch):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 9973 + epoch)).tolist()
+                places.append((order[position % self.length], self.seed * 10**12 + position))
+            yield places
+
+
+def batches(dataset, batch, start, stop, seed, workers=None):
+    """A loader of (pictures uint8 (B, 3, S, S), list of captions, list of broken paths), one item a step.
+
+    workers: processes that decode; None chooses none where the pictures are kept in memory, else one a core, eight at most.
+    """
+    if workers is None:
+        workers = 0 if dataset.cache is not None else min(8, os.cpu_count() or 1)
+
+    def collate(items):
+        pictures, texts, broken = zip(*items)
+        return torch.stack(pictures), list(texts), [path for path in broken if path]
+    return torch.utils.data.DataLoader(dataset, batch_sampler=Draws(len(dataset), batch, start, stop, seed), collate_fn=collate,
+                                       num_workers=workers, pin_memory=torch.cuda.is_available(), persistent_workers=False)
+
+
+class BrokenPictures:
+    """Keeps count of the pictures that could not be read: warns of the first, stops above 1 % of the data set."""
+    def __init__(self, total):
+        self.total, self.paths = total, set()
+
+    def add(self, paths):
+        for path in paths:
+            if not self.paths:
+                print(f"\nwarning: {path} cannot be read; another picture takes its place (further ones are only counted)")
+            self.paths.add(path)
+        if len(self.paths) > 0.01 * self.total:
+            raise UserError(f"{len(self.paths)} of {self.total:,} pictures cannot be read, more than 1 % (one is {sorted(self.paths)[0]}): mend or remove them")
+
+
+def to_float(pictures):
+    """uint8 [0, 255] -> float [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float [-1, 1] (B, 3, H, W) -> numpy uint8 (B, H, W, 3)."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- text encoder
+class TextEncoder:
+    """A frozen CLIP text model: captions -> features per token.
+
+    path: a folder in the Hugging Face format or a name on its hub. `length` is L, the number of tokens; `dim` is D.
+    Raises UserError if it cannot be loaded.
+    """
+    def __init__(self, path, device="cpu"):
+        from transformers import AutoTokenizer, CLIPTextModel
+        from transformers.utils import logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.path, self.device, self.cut = str(path), torch.device(device), 0
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = CLIPTextModel.from_pretrained(path).to(device).eval().requires_grad_(False)
+        except (OSError, ValueError, SafetensorError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"--clip {path} cannot be loaded as a CLIP text model: {reason}") from None
+        self.length = self.model.config.max_position_embeddings
+        self.dim = self.model.config.hidden_size
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """captions: a list of B strings. Returns features (B, L, D) float32 and mask (B, L) bool, True on real tokens.
+
+        Padded to L, as the published U-ViT was trained. The model attends causally, so padding behind a caption does not change its
+        features, and no mask is given to it. Longer captions are cut; the first cut is warned of, `self.cut` counts them.
+        """
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        full = tokens.attention_mask.all(1)
+        if full.any():
+            lengths = [len(ids) for ids in self.tokenizer([c for c, f in zip(captions, full.tolist()) if f]).input_ids]
+            over = sum(n > self.length for n in lengths)
+            if over and not self.cut:
+                print(f"\nwarning: a caption is longer than the {self.length} tokens that the text encoder reads; its end is cut off (further ones are only counted)")
+            self.cut += over
+        features = self.model(tokens.input_ids.to(self.device)).last_hidden_state
+        return features.float(), tokens.attention_mask.bool().to(self.device)
+
+
+# ------------------------------------------------------------------------------------------------------ device and precision
+def pick_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
+    return torch.device(name)
+
+
+def matmul_rate(device, dtype, size=1024, seconds=0.3):
+    """Multiply-adds times two a second, of a square matrix product."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    sync = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
+    for _ in range(3):
+        a @ a
+    sync()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(4):
+            a @ a
+        sync()
+        count += 4
+    return 2 * size**3 * count / (time.perf_counter() - start)
+
+
+def pick_precision(name, device):
+    """"bf16" or "fp32" as asked; "auto" takes bf16 where a probe of under a second finds its matrix products 1.5 times faster."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    fast = matmul_rate(device, torch.bfloat16) > 1.5 * matmul_rate(device, torch.float32)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------------------------------ run folder
+def save_tensors(tensors, path, metadata=None):
+    """Writes a .safetensors file whole or not at all."""
+    unfinished = Path(f"{path}.unfinished")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+    os.replace(unfinished, path)
+
+
+def load_tensors(path):
+    """Reads a .safetensors file. Raises UserError if it is missing or damaged."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def load_into(model, tensors, path):
+    """model.load_state_dict, with one line that says what does not fit."""
+    own = model.state_dict()
+    wrong = [f"{n}: no such parameter here" for n in tensors if n not in own] + [f"{n}: missing in the file" for n in own if n not in tensors]
+    wrong += [f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} here" for n in own if n in tensors and tensors[n].shape != own[n].shape]
+    if wrong:
+        raise UserError(f"{path} is of another configuration ({wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}): use the settings it was trained with")
+    model.load_state_dict(tensors)
+
+
+def write_json(path, content):
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def machine():
+    """The machine's processor or GPU in words, for results.json."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def write_results(folder, figures):
+    """Adds figures (name -> number) to <folder>/results.json, with the commit, the machine and the command they come from."""
+    path = Path(folder) / "results.json"
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    results = read_json(path) if path.exists() else {}
+    command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    write_json(path, results | figures | {"commit": git.stdout.strip(), "machine": machine(), "command": command})
+
+
+def print_table(rows, title=""):
+    """Prints rows of equal length (the first is the heading) in columns; numbers to the right."""
+    rows = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(f"\n{title}" if title else "")
+    for n, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+        if n == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+# ------------------------------------------------------------------------------------------------------- settings and flags
+def setting(default, text):
+    """A field of a dataclass of settings, with the help text of its flag."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+def add_setting_flags(parser, settings):
+    """One flag a field: `image_blocks` -> --image-blocks. Flags that are not given are absent, so that a preset can fill them."""
+    for field in dataclasses.fields(settings):
+        text = field.metadata.get("help")
+        if not text:
+            continue
+        kind = {"type": type(field.default)}
+        if isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(field.default, tuple):
+            kind = {"type": float, "nargs": len(field.default)}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} (toy: {field.default})", **kind)
+
+
+def make_settings(settings, presets, args):
+    """The settings of a preset, with the flags that were given put over it. Raises UserError for an unknown preset."""
+    if args.preset not in presets:
+        raise UserError(f"--preset {args.preset}: choose {' or '.join(presets)}")
+    names = {field.name for field in dataclasses.fields(settings)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names}
+    return settings(**presets[args.preset] | given)
+
+
+def read_settings(settings, folder):
+    """The settings of a run from its config.json."""
+    content = read_json(Path(folder) / "config.json")
+    names = {field.name for field in dataclasses.fields(settings)}
+    if not isinstance(content, dict) or set(content) - names:
+        raise UserError(f"{folder}/config.json is no configuration of {settings.__module__}.py ({', '.join(sorted(set(content) - names)) or 'not an object'})")
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
+
+
+def add_sampling_flags(parser):
+    parser.add_argument("--sample-steps", type=int, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1 is the conditional model (default %(default)s)")
+    parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
+    parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
+    parser.add_argument("--noise-seed", type=int, default=0, help="seed of the noise that pictures start from (default %(default)s)")
+
+
+def sampling(args):
+    """The keyword arguments of a painter's draw() from the flags above."""
+    return dict(steps=args.sample_steps, guidance=args.guidance, sampler=args.sampler, negative=args.negative, seed=args.noise_seed)
+
+
+def add_machine_flags(parser):
+    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto takes bf16 where a short probe finds it faster")
+
+
+def load_run(path, device, precision):
+    """Loads a run folder, or a .safetensors file in one, by the method that its config.json names; returns the method's painter."""
+    path = Path(path)
+    folder = path.parent if path.suffix == ".safetensors" else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"there is no run in {folder}/ (no config.json): train one first, python uvit_fusion.py --train")
+    method = read_json(folder / "config.json").get("method")
+    if method not in METHODS:
+        raise UserError(f"{folder}/config.json names the method {method!r}; known are {', '.join(METHODS)}")
+    return importlib.import_module(method).load(path, device, precision)
+
+
+METHODS = ("uvit_fusion",)
+
+
+class Interrupt:
+    """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second Ctrl-C ends at once."""
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def check_run(folder, resume, overwrite):
+    """Refuses to start a training over another by mistake."""
+    if (Path(folder) / "config.json").exists() and not resume and not overwrite:
+        raise UserError(f"{folder}/ holds a run already: --resume to go on, --overwrite to start anew, --out for another folder")
+
+
+def open_run(folder, settings, resume, overwrite):
+    """Makes the folder of a training and writes config.json, or checks the one that is there; returns what `save_state` saved, or None.
+
+    Raises UserError if a run is there and neither flag is given, if there is none to resume, or if its settings are others.
+    """
+    folder = Path(folder)
+    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+    if resume:
+        if not (folder / "state.pt").exists():
+            raise UserError(f"--resume: {folder}/ holds no state.pt to go on from; start without --resume")
+        there = read_json(folder / "config.json")
+        if differ := [name for name in wanted if there.get(name) != wanted[name]]:
+            name = differ[0]
+            raise UserError(f"--resume: {folder}/ was trained with {name} = {there.get(name)}, now it is {wanted[name]}: give the settings of the first start")
+        try:
+            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
+    check_run(folder, resume, overwrite)
+    for name in ("state.pt", "model.safetensors", "results.json", "early.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", wanted)
+    return None
+
+
+def save_state(folder, state):
+    """Writes state.pt, whole or not at all."""
+    unfinished = Path(folder) / "state.pt.unfinished"
+    torch.save(state, unfinished)
+    os.replace(unfinished, Path(folder) / "state.pt")
+
+
+class Metrics:
+    """metrics.csv, a row every so many steps; the first column is the step. On resuming, rows beyond the checkpoint's step are dropped."""
+    def __init__(self, folder, names, start=0):
+        self.path = Path(folder) / "metrics.csv"
+        rows = []
+        if start and self.path.exists():
+            rows = [row for row in csv.reader(open(self.path)) if row and row[0].isdigit() and int(row[0]) <= start]
+        with open(self.path, "w", newline="") as file:
+            csv.writer(file).writerows([names, *rows])
+
+    def add(self, *values):
+        with open(self.path, "a", newline="") as file:
+            csv.writer(file).writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
+
+    def column(self, name):
+        """[(step, value), ...] of one column, for `plot`."""
+        with open(self.path, newline="") as file:
+            return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
+
+
+def peak_memory_mb():
+    """The most memory this process has held so far, in MB (nan where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+# -------------------------------------------------------------------------------------------------------------------- pictures
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "Helvetica.ttc", "LiberationSans-Regular.ttf")
+
+
+def font(size=12, path=None):
+    """A font of the system that has accents, or the file that --font names, or Pillow's own."""
+    for name in [path] if path else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    if path:
+        raise UserError(f"--font {path} is not a font file that can be read")
+    return ImageFont.load_default(size)
+
+
+def wrap(text, width, face):
+    """Breaks a text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if face.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titles=None):
+    """Writes pictures (N, H, W, 3) uint8 as a grid, each with its text below; `titles` stand at the left of the rows."""
+    n, h = pictures.shape[:2]
+    side = side or max(96, h)
+    columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
+    face = face or font(11)
+    gap, line = 8, 14
+    wrapped = [wrap(text, side, face) for text in texts]
+    below = max(map(len, wrapped)) * line + 4 if any(texts) else 0
+    left = max((face.getlength(title) for title in titles), default=0) + 2 * gap if titles else gap
+    rows = math.ceil(n / columns)
+    sheet = Image.new("RGB", (int(left) + columns * (side + gap), gap + rows * (side + below + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, lines) in enumerate(zip(pictures, wrapped)):
+        x, y = int(left) + i % columns * (side + gap), gap + i // columns * (side + below + gap)
+        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
+        for k, text in enumerate(lines):
+            draw.text((x, y + side + 2 + k * line), text, fill="black", font=face)
+    for row, title in enumerate(titles or []):
+        draw.text((gap, gap + row * (side + below + gap) + side / 2 - line), title, fill="black", font=face)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
+    """Draws curves {name: [(x, y), ...]} with axes and a legend."""
+    colours = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
+    curves = {name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)] for name, points in curves.items()}
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return
+    scale = math.log10 if log else float
+    xs, ys = [p[0] for p in points], [scale(p[1]) for p in points]
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
+    if not log and y0 >= 0:
+        y0 = 0
+    sheet = Image.new("RGB", size, "white")
+    draw, face = ImageDraw.Draw(sheet), font(11)
+    left, top, right, bottom = 64, 16, size[0] - 16, size[1] - 40
+
+    def at(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (scale(y) - y0) / (y1 - y0) * (bottom - top)
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        py = bottom - (bottom - top) * i / 4
+        draw.line((left, py, right, py), fill="#dddddd")
+        draw.text((left - 6, py), f"{10**y if log else y:.3g}", fill="black", font=face, anchor="rm")
+        x = x0 + (x1 - x0) * i / 4
+        draw.text((left + (right - left) * i / 4, bottom + 4), f"{x:g}" if x1 - x0 < 20 else f"{x:.0f}", fill="black", font=face, anchor="ma")
+    draw.text(((left + right) / 2, size[1] - 18), x_label, fill="black", font=face, anchor="ma")
+    draw.text((left, 2), y_label, fill="black", font=face)
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = colours[i % len(colours)]
+        if len(curve) > 1:
+            draw.line([at(x, y) for x, y in curve], fill=colour, width=2)
+        for x, y in curve if len(curve) < 20 else []:
+            px, py = at(x, y)
+            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
+        draw.text((right - 6, top + 4 + 14 * i), name, fill=colour, font=face, anchor="ra")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)

@@ -1,0 +1,17 @@
+"""The toy world: captioned shapes and small experts, in the formats of the real data and models, built on first need."""
+from pathlib import Path
+
+
+def prepare(data, clip, size=24):
+    """Builds what the toy world lacks for these settings; returns the folder of the data.
+
+    data: "shapes", or the folder of other data, which is returned as it is; clip: the text encoder; size: pixels of the scenes.
+    """
+    from toy import experts, shapes
+    known = data == "shapes"
+    folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size) if known else data
+    if Path(clip) == experts.CLIP_FOLDER:
+        if not known:
+            print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for {data} name a real one: --clip openai/clip-vit-large-patch14")
+        experts.clip(shapes.build())
+    return folder

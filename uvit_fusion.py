@@ -1,0 +1,679 @@
+"""Intermediate fusion of text in a U-shaped vision transformer (Hu, Jia, Rostami 2024, arXiv 2403.16530).
+
+The idea. A diffusion transformer usually reads its caption from the first block to the last (early fusion). But the outer blocks of
+a U-shaped ViT work on pixels, and their attention to text is of low rank: they have little use for it. So let them see the image
+alone, give the caption a few blocks of its own, and join the two in the middle only (intermediate fusion): fewer operations, a
+caption that can be understood once per prompt instead of once per step, and better alignment (counts, spatial relations).
+
+    early          [time, text, patches] -> block x (depth + 1)                                                       -> noise
+    intermediate   [time, patches] -> image block x v -\                               /-> image block x v            -> noise
+                   [text] ----------> caption block x c -> joint block x (depth + 1 - 2v) -> text is dropped
+
+The text joins by *concatenation* (it is more tokens) or by *cross-attention* (it is more keys and values, and is not updated).
+Early fusion is v = c = 0 of either, so one class, `UViT`, is all four; early fusion by concatenation has the parameter names of the
+published U-ViT (Bao et al. 2023, arXiv 2209.12152), whose weights load as they are. Long skips join block i to block depth - i.
+
+Diffusion, in the names of the code (Ho et al. 2020); abar_t falls from 1 at t = 0 to about 0 at t = T:
+    x_t    = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                                      (q_sample)
+    loss   = | network(x_t, t, text) - target |^2      target: eps as in the paper, v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0, or x_0
+    guided = uncond + w (cond - uncond)                                                   (classifier-free guidance, w = 1: none)
+
+Shapes: x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text features (B, L, text_dim); mask (B, L) bool; t (B,) in 0..T.
+
+    python uvit_fusion.py --train              # toy world, two CPU cores: MINUTES min, ALL % of unseen captions right in every respect
+    python uvit_fusion.py --train --quick      # the same in small, a first picture within two minutes
+    python uvit_fusion.py --compare            # the paper's experiment in small: four variants, one table
+    python uvit_fusion.py --analyse            # the rank of text-to-image attention, block by block
+    python uvit_fusion.py --train --data path/to/coco --preset coco --clip openai/clip-vit-large-patch14
+
+Differs from the paper: (PLACEHOLDER)
+"""
+import argparse
+import copy
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from tqdm import tqdm
+
+import common
+from common import UserError, setting
+
+
+@dataclass
+class Settings:
+    """Everything that makes a run: saved as config.json, read back by whatever loads the run."""
+    # the picture and the text
+    size: int = setting(24, 'S, side of the picture (or latent) that the network sees')
+    channels: int = setting(3, 'C, 3 for pixels')
+    text_dim: int = 128            # set from the text encoder, like the next
+    text_length: int = 20          # L
+    mask_text: bool = setting(True, 'hide the padding of the caption (published U-ViT: False, trained over padding)')
+    # the network
+    patch: int = setting(4, 'side of a patch')
+    dim: int = setting(128, 'D, width')
+    depth: int = setting(6, 'blocks but one: depth / 2 in, one middle, depth / 2 out')
+    heads: int = setting(4, 'attention heads')
+    fusion: str = setting("concat", 'how the text joins: "concat" or "cross"')
+    image_blocks: int = setting(2, 'v: blocks at either end that see the image only')
+    caption_blocks: int = setting(2, 'c, blocks that see the caption only; early fusion: 0')
+    init: str = setting("fan_in", 'first weights: "fan_in" (learns faster at small widths) or "published" (normal, 0.02)')
+    # the diffusion
+    schedule: str = setting("cosine", '"cosine" or "linear" (Stable Diffusion\'s scaled linear)')
+    target: str = setting("x0", 'what the network predicts: "eps", "v" or "x0"')
+    clip_x0: bool = setting(True, 'keep predicted pictures within [-1, 1]: for pixels, not for latents')
+    # the training
+    batch: int = setting(64, 'pictures a step')
+    steps: int = setting(6000, 'training steps')
+    lr: float = setting(1e-3, 'highest learning rate')
+    warmup: int = setting(200, 'steps of linear warm-up')
+    decay: float = setting(1.0, 'share of the steps, at the end, over which the rate falls to zero along a cosine')
+    weight_decay: float = setting(0.03, 'of AdamW, on every parameter')
+    betas: tuple = setting((0.9, 0.99), 'of AdamW')
+    clip_grad: float = setting(1.0, 'largest norm of the gradient (0: no clipping)')
+    ema: float = setting(0.998, 'decay of the running average of the weights')
+    drop: float = setting(0.1, 'share of captions replaced by the empty one')
+    seed: int = setting(0, 'of weights, order and noise')
+    # what it was trained on
+    data: str = setting("shapes", '"shapes" (the toy world), a folder in the layout of MS-COCO, or one of pictures with a .txt beside each')
+    clip: str = setting("runs/toy/clip", 'CLIP text model: a folder in the Hugging Face format or a name on its hub')
+    method: str = "uvit_fusion"
+
+
+PRESETS = {
+    "toy": {},
+    # the published U-ViT-S/2 on MS-COCO, to the letter
+    "coco": dict(size=32, channels=4, text_dim=768, text_length=77, mask_text=False, patch=2, dim=512, depth=12, heads=8, image_blocks=3,
+                 caption_blocks=3, init="published", schedule="linear", target="eps", clip_x0=False, batch=256, steps=1_000_000, lr=2e-4, warmup=5000,
+                 decay=0.0, weight_decay=0.03, betas=(0.9, 0.9), clip_grad=0.0, ema=0.9999, clip="openai/clip-vit-large-patch14"),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- attention
+def softmax_attention(q, k, v, bias=None):
+    """softmax(q k^T / sqrt(d) + bias) v, as one reads it. q (B, H, Q, d), k and v (B, H, K, d), bias broadcastable to (B, H, Q, K)."""
+    logits = q @ k.transpose(-2, -1) * q.shape[-1]**-0.5                      # (B, H, Q, K)
+    if bias is not None:
+        logits = logits + bias
+    return logits.softmax(-1).to(v.dtype) @ v                                 # (B, H, Q, d)
+
+
+def fused_attention(q, k, v, bias=None):
+    """The same in one kernel that never stores the (Q, K) matrix."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+
+
+def attention(q, k, v, bias=None):
+    """The faster of the two, by device."""
+    return (softmax_attention if q.device.type == "cpu" else fused_attention)(q, k, v, bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)                        # rows: (q, k, v) x heads x d
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, context=None, bias=None, record=None):
+        """x (B, Q, D) attends to itself, or to [x, context] if there is a context (B, K - Q, D).
+
+        record: a list that gets the logits q k^T / sqrt(d) + bias, (B, H, Q, K), for whoever wants to look.
+        """
+        if context is None:
+            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        else:
+            both = self.qkv(torch.cat([x, context], dim=1))
+            q, k, v = rearrange(both, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+            q = q[:, :, :x.shape[1]]
+        if record is not None:
+            logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1]**-0.5
+            record.append(logits if bias is None else logits + bias)
+        return self.proj(rearrange(attention(q, k, v, bias), "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; `skip` adds the linear layer that takes in a long skip."""
+    def __init__(self, dim, heads, skip=False):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim)
+        if skip:
+            self.skip_linear = nn.Linear(2 * dim, dim)
+
+    def forward(self, x, skip=None, context=None, bias=None, record=None):
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x), None if context is None else self.norm1(context), bias, record)
+        return x + self.mlp(self.norm2(x))
+
+
+# ------------------------------------------------------------------------------------------------------------------ U-ViT
+def patchify(x, p):
+    """(B, C, S, S) -> (B, N, p p C)"""
+    return rearrange(x, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
+
+
+def unpatchify(tokens, p):
+    """(B, N, p p C) -> (B, C, S, S)"""
+    return rearrange(tokens, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=math.isqrt(tokens.shape[1]), p1=p, p2=p)
+
+
+def time_features(t, dim):
+    """Sinusoids of the time step, cat(cos, sin): t (B,) -> (B, dim)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UViT(nn.Module):
+    """U-ViT with text by early or intermediate fusion, through concatenation or cross-attention: see `Settings`.
+
+    The parameters of early fusion by concatenation are those of the published checkpoints, by name and shape.
+    """
+    def __init__(self, s):
+        super().__init__()
+        for name, known in (("fusion", ("concat", "cross")), ("init", ("fan_in", "published")), ("schedule", ("cosine", "linear")),
+                            ("target", ("eps", "v", "x0"))):
+            if getattr(s, name) not in known:
+                raise UserError(f"--{name} {getattr(s, name)}: choose {' or '.join(known)}")
+        if s.size % s.patch:
+            raise UserError(f"--size {s.size} cannot be cut into patches of {s.patch}: choose a multiple of {s.patch}, or another --patch")
+        if s.dim % s.heads:
+            raise UserError(f"--dim {s.dim} cannot be shared by {s.heads} heads: choose a multiple of --heads")
+        if s.depth % 2 or not 0 <= s.image_blocks <= s.depth // 2:
+            raise UserError(f"--depth {s.depth} must be even, and --image-blocks {s.image_blocks} at most half of it")
+        self.patch, self.image_blocks, self.cross, self.mask_text = s.patch, s.image_blocks, s.fusion == "cross", s.mask_text
+        self.length, patches, half = s.text_length, (s.size // s.patch)**2, s.depth // 2
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(s.channels, s.dim, s.patch, stride=s.patch)})
+        self.context_embed = nn.Linear(s.text_dim, s.dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + s.text_length + patches, s.dim))       # [time, text, patches] in all variants
+        self.in_blocks = nn.ModuleList(Block(s.dim, s.heads) for _ in range(half))
+        self.mid_block = Block(s.dim, s.heads)
+        self.out_blocks = nn.ModuleList(Block(s.dim, s.heads, skip=True) for _ in range(half))
+        self.caption_blocks = nn.ModuleList(Block(s.dim, s.heads) for _ in range(s.caption_blocks))
+        self.norm = nn.LayerNorm(s.dim)
+        self.decoder_pred = nn.Linear(s.dim, s.patch**2 * s.channels)
+        self.final_layer = nn.Conv2d(s.channels, s.channels, 3, padding=1)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02 if s.init == "published" else 0.3)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = 0.02
+                if s.init == "fan_in":           # unit variance through every layer, and quiet residual branches at first
+                    std = module.in_features**-0.5 * (0.3 if name.endswith(("attn.proj", "mlp.fc2")) else 1)
+                nn.init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def text_bias(self, mask, before, after):
+        """The mask (B, L) as a bias on attention logits, (B, 1, 1, before + L + after): -inf on padding, 0 elsewhere."""
+        if mask is None or not self.mask_text:
+            return None
+        bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+        return F.pad(bias, (before, after))[:, None, None]
+
+    def encode_text(self, text, mask=None):
+        """text (B, L, text_dim) -> caption tokens (B, L, D). Needs neither t nor x: once per prompt is enough when sampling."""
+        y = self.context_embed(text) + self.pos_embed[:, 1:1 + self.length]
+        bias = self.text_bias(mask, 0, 0)
+        for block in self.caption_blocks:
+            y = block(y, bias=bias)
+        return y
+
+    def denoise(self, x, t, y, mask=None, record=None):
+        """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S). record: see `Attention`; one entry a block."""
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed[:, 1 + self.length:]             # (B, N, D)
+        time = time_features(t, x.shape[-1]).to(x.dtype)[:, None] + self.pos_embed[:, :1]                            # (B, 1, D)
+        x = torch.cat([time, x], dim=1)                                                                              # (B, 1 + N, D)
+        extra = 0 if self.cross else y.shape[1]                                        # text tokens that travel with the image
+        bias = self.text_bias(mask, x.shape[1], 0) if self.cross else self.text_bias(mask, 1, x.shape[1] - 1)
+        joint = dict(context=y, bias=bias) if self.cross else dict(bias=bias)
+        skips, depth = [], len(self.in_blocks)
+        for i, block in enumerate(self.in_blocks):
+            if i == self.image_blocks:
+                x = self.join(x, y)
+            x = block(x, record=record, **(joint if i >= self.image_blocks else {}))
+            skips.append(x)
+        if depth == self.image_blocks:
+            x = self.join(x, y)
+        x = self.mid_block(x, record=record, **joint)
+        for i, block in enumerate(self.out_blocks):
+            if depth - i == self.image_blocks:
+                x = torch.cat([x[:, :1], x[:, 1 + extra:]], dim=1)                     # text is dropped
+            x = block(x, skips.pop(), record=record, **(joint if depth - i > self.image_blocks else {}))             # last in, first out
+        tokens = self.decoder_pred(self.norm(x))[:, -self.pos_embed.shape[1] + 1 + self.length:]
+        return self.final_layer(unpatchify(tokens, self.patch))
+
+    def join(self, x, y):
+        """[time, patches] and [text] -> [time, text, patches]; by cross-attention they stay apart."""
+        return x if self.cross else torch.cat([x[:, :1], y, x[:, 1:]], dim=1)
+
+    def forward(self, x, t, text, mask=None, record=None):
+        return self.denoise(x, t, self.encode_text(text, mask), mask, record)
+
+
+# -------------------------------------------------------------------------------------------------------------- diffusion
+class Diffusion:
+    """Noise schedule, training loss and samplers. `abar` has T + 1 entries, abar[0] = 1 (no noise)."""
+    T = 1000
+
+    def __init__(self, schedule="linear", target="eps", clip_x0=False):
+        self.target, self.clip_x0 = target, clip_x0
+        if schedule == "linear":                                                       # Stable Diffusion's: sqrt(beta) is linear
+            beta = torch.linspace(0.00085**0.5, 0.0120**0.5, self.T, dtype=torch.float64)**2
+            self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+        else:                                                                          # Nichol and Dhariwal 2021, eq. 17
+            f = torch.cos((torch.arange(self.T + 1, dtype=torch.float64) / self.T + 0.008) / 1.008 * math.pi / 2)**2
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+            self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+    def scales(self, t, like):
+        """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1)."""
+        abar = self.abar[t.cpu()].view(-1, 1, 1, 1)
+        return abar.sqrt().to(like), (1 - abar).sqrt().to(like)
+
+    def q_sample(self, x_0, t, eps):
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps"""
+        a, s = self.scales(t, x_0)
+        return a * x_0 + s * eps
+
+    def loss(self, network, x_0, t, eps):
+        """Mean squared error of network(x_t, t) against the target; x_0, eps (B, C, S, S), t (B,)."""
+        a, s = self.scales(t, x_0)
+        target = {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[self.target]
+        return F.mse_loss(network(a * x_0 + s * eps, t).float(), target)
+
+    def predict(self, output, x_t, t):
+        """(x_0, eps) that the network's output stands for."""
+        a, s = self.scales(t, x_t)
+        if self.target == "eps":
+            x_0 = (x_t - s * output) / a
+        elif self.target == "v":
+            x_0 = a * x_t - s * output
+        else:
+            x_0 = output
+        if self.clip_x0:
+            x_0 = x_0.clamp(-1, 1)
+        return x_0, (x_t - a * x_0) / s
+
+    def posterior(self, x_0, x_t, t, r):
+        """Mean and variance of q(x_r | x_t, x_0), r < t. With r = t - 1: Ho et al. 2020, eq. 7."""
+        at, ar = self.abar[t], self.abar[r]
+        step = at / ar                                                                 # the alpha of the whole stride
+        mean = (ar.sqrt() * (1 - step) * x_0 + step.sqrt() * (1 - ar) * x_t) / (1 - at)
+        return mean, (1 - step) * (1 - ar) / (1 - at)
+
+    @torch.no_grad()
+    def sample(self, network, x, steps=25, sampler="dpm", generator=None, progress=False, film=None):
+        """Turns noise x (B, C, S, S) into pictures.
+
+        network(x_t, t) -> output, already guided; sampler: "ddpm" (ancestral), "ddim" (Song et al. 2021, eta 0) or "dpm" (DPM-Solver++
+        2M, Lu et al. 2022); film: a list that gets the predicted x_0 of every step.
+        """
+        if sampler not in ("ddpm", "ddim", "dpm"):
+            raise UserError(f"--sampler {sampler}: choose ddpm, ddim or dpm")
+        if not 1 <= steps <= self.T:
+            raise UserError(f"--sample-steps {steps}: choose 1 to {self.T}")
+        times = torch.linspace(self.T, 0, steps + 1).round().long()
+        half_log_snr = 0.5 * (self.abar.log() - (1 - self.abar).log())                 # lambda of DPM-Solver; infinite at t = 0
+        previous, h_previous = None, None
+        for t, r in tqdm(list(zip(times[:-1], times[1:])), desc="sampling", leave=False, disable=not progress):
+            x_0, eps = self.predict(network(x, t.expand(len(x)).to(x.device)).float(), x, t.expand(len(x)))
+            if film is not None:
+                film.append(x_0)
+            a_r, s_r = self.abar[r].sqrt().item(), (1 - self.abar[r]).sqrt().item()
+            if r == 0:
+                x = x_0
+            elif sampler == "ddpm":
+                mean, variance = self.posterior(x_0, x, t, r)
+                noise = torch.randn(x.shape, generator=generator, device=x.device)
+                x = (mean + variance.sqrt() * noise).to(x_0.dtype)
+            elif sampler == "ddim":
+                x = a_r * x_0 + s_r * eps
+            else:
+                # second order: extrapolate x_0 to the middle of the stride from the last two predictions
+                h = (half_log_snr[r] - half_log_snr[t]).item()
+                d = x_0 if previous is None else x_0 + 0.5 * h / h_previous * (x_0 - previous)
+                x = s_r / (1 - self.abar[t]).sqrt().item() * x - a_r * math.expm1(-h) * d
+                previous, h_previous = x_0, h
+        return x
+
+
+def guided(model, text, mask, null, null_mask, w):
+    """network(x, t) for `Diffusion.sample` with classifier-free guidance, uncond + w (cond - uncond), in one doubled batch.
+
+    text (B, L, D) and mask (B, L) of the prompts; null (1, L, D) of the empty (or negative) prompt. The caption blocks run here, once.
+    """
+    y = model.encode_text(text, mask)
+    if w == 1:
+        return lambda x, t: model.denoise(x, t, y, mask)
+    b = len(text)
+    y = torch.cat([y, model.encode_text(null, null_mask).expand(b, -1, -1)])
+    mask = torch.cat([mask, null_mask.expand(b, -1)])
+
+    def network(x, t):
+        cond, uncond = model.denoise(torch.cat([x, x]), torch.cat([t, t]), y, mask).float().chunk(2)
+        return uncond + w * (cond - uncond)
+    return network
+
+
+# ----------------------------------------------------------------------------------------------------------------- drawing
+class Painter:
+    """A network with all it needs to draw: what `sample.py`, `eval.py` and the other methods work with."""
+    def __init__(self, model, encoder, settings, device, precision):
+        self.model, self.encoder, self.settings, self.device, self.precision = model, encoder, settings, device, precision
+        self.diffusion = Diffusion(settings.schedule, settings.target, settings.clip_x0)
+
+    @torch.no_grad()
+    def draw(self, prompts, steps=25, guidance=3.0, sampler="dpm", negative="", seed=0, batch=256, progress=False, film=None):
+        """Pictures for prompts: numpy uint8 (len(prompts), S, S, 3).
+
+        Picture i starts from noise that depends on the seed and on i alone, so that two models can be compared picture by picture.
+        film: a list that gets, for every step, the pictures (uint8) that the network then believes in.
+        """
+        s, pictures, films = self.settings, [], []
+        if s.channels != 3:
+            raise UserError("this run draws latents, and the autoencoder that turns them into pictures is not part of the project yet")
+        null, null_mask = self.encoder([negative])
+        bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=not progress)
+        for start in range(0, len(prompts), batch):
+            some = prompts[start:start + batch]
+            noise = torch.stack([torch.randn(s.channels, s.size, s.size, generator=torch.Generator().manual_seed(seed * 10**9 + start + i))
+                                 for i in range(len(some))]).to(self.device)
+            seen = None if film is None else []
+            with common.autocast(self.device, self.precision):
+                network = guided(self.model, *self.encoder(some), null, null_mask, guidance)
+                generator = torch.Generator(self.device).manual_seed(seed * 10**9 + start)
+                pictures.append(common.to_uint8(self.diffusion.sample(network, noise, steps, sampler, generator, seen)))
+            films.append([common.to_uint8(x_0) for x_0 in seen or []])
+            bar.update(len(some))
+        if film is not None:
+            film += [np.concatenate(step) for step in zip(*films)]
+        return np.concatenate(pictures)
+
+
+def load(path, device, precision):
+    """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""
+    path = Path(path)
+    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    s = common.read_settings(Settings, folder)
+    model = UViT(s).to(device).eval().requires_grad_(False)
+    common.load_into(model, common.load_tensors(weights), weights)
+    encoder = common.TextEncoder(s.clip, device)
+    if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
+        raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
+                        "put back the text encoder that it was trained with")
+    return Painter(model, encoder, s, device, precision)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+def learning_rate(s, step):
+    """Linear warm-up, constant, then along a cosine to zero over the last `decay` share of the steps. The first step is 1."""
+    rate, begin = s.lr * min(1, step / max(1, s.warmup)), s.steps * (1 - s.decay)
+    return rate * 0.5 * (1 + math.cos(math.pi * (step - begin) / (s.steps - begin))) if step > begin else rate
+
+
+def train(s, data, folder, device, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False):
+    """Trains a U-ViT on the captioned pictures in `data` and fills the run folder; returns its painter (EMA weights).
+
+    What step n does depends on the settings and on n alone, so a resumed run equals an uninterrupted one, bit for bit on the CPU.
+    watch: on the toy world, look now and then how many captions it gets right, and keep early.safetensors where that is nearest a half.
+    """
+    import eval as grade
+    folder = Path(folder)
+    dataset, encoder = common.CaptionedImages(data, "train", s.size), common.TextEncoder(s.clip, device)
+    s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
+    if s.channels != 3:
+        raise UserError(f"--channels {s.channels}: the network would see latents, whose autoencoder is not part of the project yet; "
+                        "add --channels 3 to train on pixels")
+    torch.manual_seed(s.seed)
+    model = UViT(s).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)
+    painter = Painter(ema, encoder, s, device, precision)
+    state = common.open_run(folder, s, resume, overwrite)
+    start, seconds, halfway = 0, 0.0, math.inf                 # halfway: how far from 50 % right early.safetensors is, in points
+    if state:
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds, halfway = state["step"], state["seconds"], state["halfway"]
+    watch = watch and "scene" in dataset.items[0][2]
+    metrics = common.Metrics(folder, ["step", "loss", "lr", "all"], start)
+    broken, generator = common.BrokenPictures(len(dataset)), torch.Generator(device)
+    losses, begin = [], time.time() - seconds
+
+    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step") as progress:
+        for step, (pictures, captions, unread) in enumerate(common.batches(dataset, s.batch, start, s.steps, s.seed, workers), start + 1):
+            broken.add(unread)
+            generator.manual_seed(s.seed * 10**9 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(s, step)
+            # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
+            dropped = torch.rand(len(captions), generator=generator, device=device) < s.drop
+            text, mask = encoder(["" if d else caption for d, caption in zip(dropped.tolist(), captions)])
+            x_0 = common.to_float(pictures.to(device, non_blocking=True))
+            t = torch.randint(1, Diffusion.T + 1, (len(x_0),), generator=generator, device=device)
+            eps = torch.randn(x_0.shape, generator=generator, device=device)
+            with common.autocast(device, precision):
+                loss = painter.diffusion.loss(lambda x_t, t: model(x_t, t, text, mask), x_0, t, eps)
+            optimizer.zero_grad()
+            loss.backward()
+            if s.clip_grad:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
+            optimizer.step()
+            # the average follows closely at first, when the weights still change fast
+            decay = min(s.ema, step / (step + 10))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            losses.append(loss.detach())
+            progress.update()
+
+            last, all_right = step == s.steps or interrupt.asked, ""
+            if watch and step > s.steps // 4 and step % max(1, s.steps // 24) == 0:
+                all_right = grade.alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
+                if abs(all_right - 50) < halfway:
+                    halfway = abs(all_right - 50)
+                    common.save_tensors(ema.state_dict(), folder / "early.safetensors")
+                watch = all_right < 65
+            if step % 20 == 0 or last:
+                mean = torch.stack(losses).mean().item()
+                if not math.isfinite(mean):
+                    raise UserError(f"the loss is {mean} at step {step}; the last checkpoint stays as it was: try a lower --lr, or --precision fp32")
+                metrics.add(step, mean, learning_rate(s, step), all_right)
+                progress.set_postfix(loss=f"{mean:.4f}")
+                losses = []
+            if step % save_every == 0 or last:
+                common.save_tensors(ema.state_dict(), folder / "model.safetensors")
+                common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                                           "step": step, "seconds": time.time() - begin, "halfway": halfway})
+                common.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
+            if interrupt.asked:
+                break
+    if interrupt.asked:
+        print(f"stopped after step {step}; to go on: the same command with --resume")
+        sys.exit(130)
+    if broken.paths:
+        print(f"{len(broken.paths)} pictures could not be read and were replaced")
+    return painter
+
+
+# -------------------------------------------------------------------------------------------------------- the paper's claims
+VARIANTS = {
+    "early": dict(fusion="concat", image_blocks=0, caption_blocks=0),
+    "intermediate": dict(fusion="concat"),
+    "early_cross": dict(fusion="cross", image_blocks=0, caption_blocks=0),
+    "intermediate_cross": dict(fusion="cross"),
+}
+
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t, 97.5 %, for the mean of so many values
+
+
+def compare(s, data, folder, device, precision, seeds, samples):
+    """The paper's experiment in small: four variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
+
+    A run that is finished is kept and an interrupted one goes on, so the command can be given again. Intervals are over seeds.
+    """
+    import eval as grade
+    folder, right, painters = Path(folder), {name: [] for name in VARIANTS}, {}
+    for seed, (name, change) in itertools.product(range(seeds), VARIANTS.items()):
+        if seed and change["fusion"] == "cross":
+            continue
+        run = folder / f"{name}-{seed}"
+        if not (run / "results.json").exists():
+            print(f"\n{name}, seed {seed}: into {run}/")
+            painter = train(dataclasses.replace(s, seed=seed, **change), data, run, device, precision, (run / "state.pt").exists(), overwrite=True)
+            figures, table = grade.alignment(painter, data, samples)
+            common.print_table(grade.alignment_rows(figures, table))
+            common.write_results(run, figures)
+        right[name].append(common.read_json(run / "results.json"))
+        if not seed:
+            painters[name] = load(run, device, precision)
+
+    def mean_and_interval(values):
+        return np.mean(values), T_95[len(values)] * np.std(values, ddof=1) / len(values)**0.5 if len(values) in T_95 else math.nan
+    cost = grade.step_costs({name: painter.settings for name, painter in painters.items()}, device, precision)
+    rows, figures = [["", "all right, %", "+-", "unseen", "count", "relation", "GFLOPs", "ms a step", "seeds"]], {}
+    for name, runs in right.items():
+        mean, half = mean_and_interval([run["all"] for run in runs])
+        figures |= {f"{name}_all": mean, f"{name}_all_ci": half, f"{name}_gflops": cost[name]["gflops"], f"{name}_ms": cost[name]["ms"]}
+        rows.append([name, mean, half, *(np.mean([run[f] for run in runs]) for f in ("all_unseen", "count", "relation")),
+                     f"{cost[name]['gflops']:.3f}", cost[name]["ms"], len(runs)])
+    common.print_table(rows, f"Fusion variants after {s.steps} steps, {samples} held-out captions each; intervals over seeds")
+    difference = [b["all"] - a["all"] for a, b in zip(right["early"], right["intermediate"])]
+    figures["difference"], figures["difference_ci"] = mean_and_interval(difference)
+    print(f"intermediate - early, concatenation: {figures['difference']:+.1f} +- {figures['difference_ci']:.1f} points over {len(difference)} seeds")
+    common.write_results(folder, {name: value for name, value in figures.items() if not math.isnan(value)})
+    scenes, captions, _ = grade.validation_prompts(data, s.size, 8)
+    pictures = np.concatenate([painter.draw(captions) for painter in painters.values()])
+    texts = [""] * len(captions) * (len(painters) - 1) + captions
+    common.picture_grid(pictures, texts, folder / "samples" / "variants.png", columns=len(captions), titles=list(painters))
+    print(f"the same captions and noise, a row a variant: {folder / 'samples' / 'variants.png'}")
+
+
+def effective_rank(matrices):
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007): (..., Q, K) -> (...), from 1 to min(Q, K)."""
+    values = torch.linalg.svdvals(matrices.double())
+    p = values / values.sum(-1, keepdim=True).clamp(min=1e-12)
+    return (-(p * p.clamp(min=1e-12).log()).sum(-1)).exp()
+
+
+@torch.no_grad()
+def analyse(painter, data, folder, samples=64):
+    """The attention of image tokens to text tokens, block by block: its effective rank and its share of all attention.
+
+    Rows of the matrix A (N, L) of a head are patches, columns the caption's real tokens, entries the softmax over all keys. Averaged
+    over heads, validation pictures and five noise levels. A rank of 1 means that every patch looks at the caption in the same way.
+    The measure is this project's own: the paper's code for its analysis was not released.
+    """
+    import eval as grade
+    s, model, device = painter.settings, painter.model, painter.device
+    dataset = common.CaptionedImages(data, "val", s.size)
+    pictures = torch.stack([dataset.picture(i) for i in range(min(samples, len(dataset)))]).to(device)
+    text, mask = painter.encoder([texts[0] for _, texts, _ in dataset.items[:len(pictures)]])
+    x_0, patches = common.to_float(pictures), (s.size // s.patch)**2
+    names = [*(f"in {i}" for i in range(s.depth // 2)), "middle", *(f"out {i}" for i in range(s.depth // 2))]
+    ranks, shares = {name: [] for name in names}, {name: [] for name in names}
+    for t in (100, 300, 500, 700, 900):
+        record = []
+        step = torch.full((len(x_0),), t, device=device)
+        eps = torch.randn(x_0.shape, generator=torch.Generator(device).manual_seed(t), device=device)
+        model(painter.diffusion.q_sample(x_0, step, eps), step, text, mask, record)
+        for name, logits in zip(names, record):
+            keys = logits.shape[-1]
+            if keys == 1 + patches:
+                continue                                                       # a block without text
+            first = 1 + patches if s.fusion == "cross" else 1                  # where text begins among the keys
+            a = logits.softmax(-1)[:, :, -patches:, first:first + s.text_length]                                   # (B, H, N, L)
+            for i, real in enumerate(mask.sum(1).tolist()):
+                ranks[name].append(effective_rank(a[i, :, :, :real]).mean().item())
+                shares[name].append(a[i].sum(-1).mean().item())
+    rows = [["block", "effective rank", "+-", "share of attention, %"]]
+    for name in names:
+        if ranks[name]:
+            rows.append([name, f"{np.mean(ranks[name]):.2f}", f"{grade.interval(ranks[name]):.2f}", 100 * np.mean(shares[name])])
+        else:
+            rows.append([name, "no text", "", ""])
+    common.print_table(rows, f"Text-to-image attention of {painter.settings.fusion}, v = {s.image_blocks}, c = {s.caption_blocks}; "
+                             f"the rank could be {mask.sum(1).float().mean():.1f}, the mean number of tokens")
+    curve = [(i, float(np.mean(ranks[name]))) for i, name in enumerate(names) if ranks[name]]
+    share = [(i, 10 * float(np.mean(shares[name]))) for i, name in enumerate(names) if shares[name]]
+    common.plot({"effective rank": curve, "share of attention x 10": share}, folder / "attention_rank.png", "block", "text-to-image attention")
+    print(f"as a picture: {folder / 'attention_rank.png'}")
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+def main():
+    begin = time.time()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="settings apply to --train and --compare; results of a run stand in its folder")
+    action = parser.add_argument_group("what to do")
+    action.add_argument("--train", action="store_true", help="train, draw validation captions and, on the toy world, grade them")
+    action.add_argument("--quick", action="store_true", help="with --train: the same in small, into runs/quick")
+    action.add_argument("--compare", action="store_true", help="train and grade the four fusion variants (long)")
+    action.add_argument("--analyse", action="store_true", help="measure the rank of text-to-image attention, block by block, of --run")
+    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
+    parser.add_argument("--out", help="run folder (default runs/uvit_fusion; --quick: runs/quick; --compare: runs/compare)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--run", default="runs/compare/early-0", help="--analyse: the run to look at (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="--compare: seeds for concatenation (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=2048, help="held-out captions to grade (default %(default)s)")
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (default %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes that read pictures (default: none for small pictures, else one a core)")
+    common.add_machine_flags(parser)
+    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    args = parser.parse_args()
+    if not (args.train or args.compare or args.analyse):
+        parser.print_help()
+        return
+    import eval as grade
+    import toy
+    device = common.pick_device(args.device)
+    precision = common.pick_precision(args.precision, device)
+    if args.analyse:
+        painter = common.load_run(args.run, device, precision)
+        analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.settings.size), painter.folder)
+        return
+    s = common.make_settings(Settings, PRESETS, args)
+    UViT(s)                                                        # settings that do not fit together end here, before anything is built
+    if args.quick:
+        s, args.samples = dataclasses.replace(s, steps=300), min(args.samples, 256)
+    if args.compare:
+        compare(s, toy.prepare(s.data, s.clip, s.size), args.out or "runs/compare", device, precision, args.seeds, args.samples)
+        return
+    folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
+    common.check_run(folder, args.resume, args.overwrite)
+    data = toy.prepare(s.data, s.clip, s.size)
+    print(f"{s.steps} steps of {s.batch} pictures on {device} in {str(precision)[6:]}, into {folder}/")
+    painter = train(s, data, folder, device, precision, args.resume, args.overwrite, args.workers, args.save_every, watch=not args.quick)
+    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(common.CaptionedImages(data, "val", s.size).items[:24])]
+    common.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
+    print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
+    if s.data == "shapes":
+        figures, table = grade.alignment(painter, data, args.samples)
+        common.print_table(grade.alignment_rows(figures, table), f"{folder}: {args.samples} held-out captions, 25 steps of DPM-Solver++, guidance 3")
+        figures |= {"seconds": time.time() - begin, "peak_memory_mb": common.peak_memory_mb(), "help_seconds": grade.help_seconds(__file__)}
+        common.write_results(folder, figures)
+        print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")
+
+
+if __name__ == "__main__":
+    common.entry(main)
