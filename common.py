@@ -102,7 +102,8 @@ def read_coco(root, split):
         raise UserError(f"{notes} is not a COCO captions file (no {error}): use captions_*.json, not instances_*.json") from None
     missing = [image["file_name"] for image in listed if image["file_name"] not in there]
     if len(missing) > 0.01 * len(listed):
-        raise UserError(f"{len(missing):,} of {len(listed):,} pictures of {notes} are not in {folder}/ (first: {missing[0]}): unpack {folder.name}.zip there")
+        raise UserError(f"{len(missing):,} of {len(listed):,} pictures of {notes} are not in {folder}/ (first: {missing[0]}): "
+                        f"unpack {folder.name}.zip there")
     if missing:
         print(f"warning: {len(missing)} pictures of {notes.name} are not in {folder}/ and are left out (first: {missing[0]})")
     return items
@@ -210,7 +211,8 @@ class BrokenPictures:
                 print(f"\nwarning: {path} cannot be read; another picture takes its place (further ones are only counted)")
             self.paths.add(path)
         if len(self.paths) > 0.01 * self.total:
-            raise UserError(f"{len(self.paths)} of {self.total:,} pictures cannot be read, more than 1 % (one is {sorted(self.paths)[0]}): mend or remove them")
+            raise UserError(f"{len(self.paths)} of {self.total:,} pictures cannot be read, more than 1 % (one is {sorted(self.paths)[0]}): "
+                            "mend or remove them")
 
 
 def to_float(pictures):
@@ -238,7 +240,8 @@ class TextEncoder:
         self.path, self.device, self.cut = str(path), torch.device(device), 0
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = CLIPTextModel.from_pretrained(path).to(device).eval().requires_grad_(False)
+            kernel = "eager" if self.device.type == "cpu" else "sdpa"          # the fused kernel is slow on CPUs at short sequences
+            self.model = CLIPTextModel.from_pretrained(path, attn_implementation=kernel).to(device).eval().requires_grad_(False)
         except (OSError, ValueError, SafetensorError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--clip {path} cannot be loaded as a CLIP text model: {reason}") from None
@@ -258,7 +261,8 @@ class TextEncoder:
             lengths = [len(ids) for ids in self.tokenizer([c for c, f in zip(captions, full.tolist()) if f]).input_ids]
             over = sum(n > self.length for n in lengths)
             if over and not self.cut:
-                print(f"\nwarning: a caption is longer than the {self.length} tokens that the text encoder reads; its end is cut off (further ones are only counted)")
+                print(f"\nwarning: a caption is longer than the {self.length} tokens that the text encoder reads; its end is cut off "
+                      "(further ones are only counted)")
             self.cut += over
         features = self.model(tokens.input_ids.to(self.device)).last_hidden_state
         return features.float(), tokens.attention_mask.bool().to(self.device)
@@ -325,9 +329,11 @@ def load_into(model, tensors, path):
     """model.load_state_dict, with one line that says what does not fit."""
     own = model.state_dict()
     wrong = [f"{n}: no such parameter here" for n in tensors if n not in own] + [f"{n}: missing in the file" for n in own if n not in tensors]
-    wrong += [f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} here" for n in own if n in tensors and tensors[n].shape != own[n].shape]
+    wrong += [f"{n}: {tuple(tensors[n].shape)} in the file, {tuple(own[n].shape)} here"
+              for n in own if n in tensors and tensors[n].shape != own[n].shape]
     if wrong:
-        raise UserError(f"{path} is of another configuration ({wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''}): use the settings it was trained with")
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise UserError(f"{path} is of another configuration ({wrong[0]}{more}): use the config.json that it was trained with")
     model.load_state_dict(tensors)
 
 
@@ -402,26 +408,28 @@ def read_settings(settings, folder):
     content = read_json(Path(folder) / "config.json")
     names = {field.name for field in dataclasses.fields(settings)}
     if not isinstance(content, dict) or set(content) - names:
-        raise UserError(f"{folder}/config.json is no configuration of {settings.__module__}.py ({', '.join(sorted(set(content) - names)) or 'not an object'})")
+        unknown = ", ".join(sorted(set(content) - names)) if isinstance(content, dict) else "it is no object"
+        raise UserError(f"{folder}/config.json is no configuration of this method (not known: {unknown})")
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
-
-
-def add_sampling_flags(parser):
-    parser.add_argument("--sample-steps", type=int, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1 is the conditional model (default %(default)s)")
-    parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
-    parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
-    parser.add_argument("--noise-seed", type=int, default=0, help="seed of the noise that pictures start from (default %(default)s)")
-
-
-def sampling(args):
-    """The keyword arguments of a painter's draw() from the flags above."""
-    return dict(steps=args.sample_steps, guidance=args.guidance, sampler=args.sampler, negative=args.negative, seed=args.noise_seed)
 
 
 def add_machine_flags(parser):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto takes bf16 where a short probe finds it faster")
+
+
+def add_sampling_flags(parser):
+    parser.add_argument("--sample-steps", type=int, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1: the conditional model (default %(default)s)")
+    parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
+    parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
+    parser.add_argument("--noise-seed", type=int, default=0, help="seed of the noise that pictures start from (default %(default)s)")
+    add_machine_flags(parser)
+
+
+def sampling(args):
+    """The keyword arguments of a painter's draw() from the flags above."""
+    return dict(steps=args.sample_steps, guidance=args.guidance, sampler=args.sampler, negative=args.negative, seed=args.noise_seed)
 
 
 def load_run(path, device, precision):
@@ -440,7 +448,7 @@ METHODS = ("uvit_fusion",)
 
 
 class Interrupt:
-    """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second Ctrl-C ends at once."""
+    """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second one ends it."""
     def __enter__(self):
         self.asked = False
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -475,7 +483,8 @@ def open_run(folder, settings, resume, overwrite):
         there = read_json(folder / "config.json")
         if differ := [name for name in wanted if there.get(name) != wanted[name]]:
             name = differ[0]
-            raise UserError(f"--resume: {folder}/ was trained with {name} = {there.get(name)}, now it is {wanted[name]}: give the settings of the first start")
+            raise UserError(f"--resume: {folder}/ was trained with {name} = {there.get(name)}, now it is {wanted[name]}: "
+                            "give the settings of the first start")
         try:
             return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -525,7 +534,8 @@ def peak_memory_mb():
 
 
 # -------------------------------------------------------------------------------------------------------------------- pictures
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "Helvetica.ttc", "LiberationSans-Regular.ttf")
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "Helvetica.ttc",
+         "LiberationSans-Regular.ttf")
 
 
 def font(size=12, path=None):

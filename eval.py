@@ -155,11 +155,13 @@ def cost(device, precision, batch, folder="runs/cost"):
         for name, got in costs.items():
             saved, faster = 100 * (1 - got["gflops"] / early["gflops"]), early["ms"] / got["ms"]
             mfu = 100 * 3 * got["gflops"] * 1e9 * size / (got["ms"] / 1e3) / peak                      # backward costs twice a forward
-            rows.append([name, *sweep[name][:2], f"{got['parameters'] / 1e6:.2f}", f"{got['gflops']:.3f}", saved, got["ms"], f"{faster:.2f}", mfu, got["sample_ms"]])
+            rows.append([name, *sweep[name][:2], f"{got['parameters'] / 1e6:.2f}", f"{got['gflops']:.3f}", saved, got["ms"], f"{faster:.2f}",
+                         mfu, got["sample_ms"]])
             if name in ("early", "intermediate"):
-                figures |= {f"{prefix}{name}_gflops": got["gflops"], f"{prefix}{name}_ms": got["ms"], f"{prefix}{name}_sample_ms": got["sample_ms"]}
+                figures |= {f"{prefix}{name}_{what}": got[what] for what in ("gflops", "ms", "sample_ms")}
             if name == "intermediate":
-                figures |= {f"{prefix}v": v, f"{prefix}c": c, f"{prefix}flops_saved_percent": saved, f"{prefix}step_speedup": faster, f"{prefix}mfu_percent": mfu}
+                figures |= {f"{prefix}v": v, f"{prefix}c": c, f"{prefix}flops_saved_percent": saved, f"{prefix}step_speedup": faster,
+                            f"{prefix}mfu_percent": mfu}
         common.print_table(rows, f"preset {preset}, training batch {size}; a picture: 25 guided steps")
     Path(folder).mkdir(parents=True, exist_ok=True)
     common.write_results(folder, figures)
@@ -174,7 +176,6 @@ def main():
     parser.add_argument("--cost", action="store_true", help="measure what early and intermediate fusion cost, instead")
     parser.add_argument("--batch", type=int, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
     common.add_sampling_flags(parser)
-    common.add_machine_flags(parser)
     args = parser.parse_args()
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
@@ -184,7 +185,8 @@ def main():
     painter = common.load_run(args.run, device, precision)
     data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.settings.size)
     figures, table = alignment(painter, data, args.samples, common.sampling(args))
-    common.print_table(alignment_rows(figures, table), f"{args.run}: {figures['samples']} held-out captions, {args.sample_steps} steps of {args.sampler}, guidance {args.guidance:g}")
+    common.print_table(alignment_rows(figures, table), f"{args.run}: {figures['samples']} held-out captions, {args.sample_steps} steps of "
+                                                       f"{args.sampler}, guidance {args.guidance:g}")
     if Path(args.run).suffix != ".safetensors":
         common.write_results(args.run, figures)
 

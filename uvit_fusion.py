@@ -31,6 +31,7 @@ Differs from the paper: (PLACEHOLDER)
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -73,11 +74,14 @@ class Settings:
     clip_x0: bool = setting(True, 'keep predicted pictures within [-1, 1]: for pixels, not for latents')
     # the training
     batch: int = setting(64, 'pictures a step')
-    steps: int = setting(6000, 'training steps')
-    lr: float = setting(1e-3, 'highest learning rate')
+    steps: int = setting(4000, 'training steps')
+    time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not')
+    optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest')
+    lr: float = setting(1e-3, 'highest learning rate of AdamW')
+    muon_lr: float = setting(0.01, 'highest learning rate of Muon')
     warmup: int = setting(200, 'steps of linear warm-up')
     decay: float = setting(1.0, 'share of the steps, at the end, over which the rate falls to zero along a cosine')
-    weight_decay: float = setting(0.03, 'of AdamW, on every parameter')
+    weight_decay: float = setting(0.03, 'of either optimiser, on every parameter')
     betas: tuple = setting((0.9, 0.99), 'of AdamW')
     clip_grad: float = setting(1.0, 'largest norm of the gradient (0: no clipping)')
     ema: float = setting(0.998, 'decay of the running average of the weights')
@@ -88,12 +92,29 @@ class Settings:
     clip: str = setting("runs/toy/clip", 'CLIP text model: a folder in the Hugging Face format or a name on its hub')
     method: str = "uvit_fusion"
 
+    def __post_init__(self):
+        """Raises UserError for settings that are out of range or do not fit together."""
+        for name, known in (("fusion", ("concat", "cross")), ("init", ("fan_in", "published")), ("schedule", ("cosine", "linear")),
+                            ("target", ("eps", "v", "x0")), ("optimizer", ("adamw", "muon"))):
+            if getattr(self, name) not in known:
+                raise UserError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
+        for name in ("size", "channels", "patch", "dim", "depth", "heads", "batch", "steps", "lr", "muon_lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose more than 0")
+        if self.size % self.patch:
+            raise UserError(f"--size {self.size} cannot be cut into patches of {self.patch}: choose a multiple of {self.patch}, or another --patch")
+        if self.dim % self.heads or self.dim % 2:
+            raise UserError(f"--dim {self.dim} cannot be shared by {self.heads} heads: choose an even multiple of --heads")
+        if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2 or self.caption_blocks < 0:
+            raise UserError(f"--depth {self.depth} must be even, --image-blocks {self.image_blocks} at most half of it, and neither below 0")
+
 
 PRESETS = {
     "toy": {},
     # the published U-ViT-S/2 on MS-COCO, to the letter
     "coco": dict(size=32, channels=4, text_dim=768, text_length=77, mask_text=False, patch=2, dim=512, depth=12, heads=8, image_blocks=3,
-                 caption_blocks=3, init="published", schedule="linear", target="eps", clip_x0=False, batch=256, steps=1_000_000, lr=2e-4, warmup=5000,
+                 caption_blocks=3, init="published", schedule="linear", target="eps", clip_x0=False, time_power=1.0, optimizer="adamw", batch=256,
+                 steps=1_000_000, lr=2e-4, warmup=5000,
                  decay=0.0, weight_decay=0.03, betas=(0.9, 0.9), clip_grad=0.0, ema=0.9999, clip="openai/clip-vit-large-patch14"),
 }
 
@@ -191,16 +212,6 @@ class UViT(nn.Module):
     """
     def __init__(self, s):
         super().__init__()
-        for name, known in (("fusion", ("concat", "cross")), ("init", ("fan_in", "published")), ("schedule", ("cosine", "linear")),
-                            ("target", ("eps", "v", "x0"))):
-            if getattr(s, name) not in known:
-                raise UserError(f"--{name} {getattr(s, name)}: choose {' or '.join(known)}")
-        if s.size % s.patch:
-            raise UserError(f"--size {s.size} cannot be cut into patches of {s.patch}: choose a multiple of {s.patch}, or another --patch")
-        if s.dim % s.heads:
-            raise UserError(f"--dim {s.dim} cannot be shared by {s.heads} heads: choose a multiple of --heads")
-        if s.depth % 2 or not 0 <= s.image_blocks <= s.depth // 2:
-            raise UserError(f"--depth {s.depth} must be even, and --image-blocks {s.image_blocks} at most half of it")
         self.patch, self.image_blocks, self.cross, self.mask_text = s.patch, s.image_blocks, s.fusion == "cross", s.mask_text
         self.length, patches, half = s.text_length, (s.size // s.patch)**2, s.depth // 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(s.channels, s.dim, s.patch, stride=s.patch)})
@@ -213,15 +224,17 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(s.dim)
         self.decoder_pred = nn.Linear(s.dim, s.patch**2 * s.channels)
         self.final_layer = nn.Conv2d(s.channels, s.channels, 3, padding=1)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02 if s.init == "published" else 0.3)
-        for name, module in self.named_modules():
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
             if isinstance(module, nn.Linear):
-                std = 0.02
-                if s.init == "fan_in":           # unit variance through every layer, and quiet residual branches at first
-                    std = module.in_features**-0.5 * (0.3 if name.endswith(("attn.proj", "mlp.fc2")) else 1)
-                nn.init.trunc_normal_(module.weight, std=std)
+                nn.init.trunc_normal_(module.weight, std=0.02 if s.init == "published" else module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if s.init == "fan_in":
+            # at the noise levels where relations are decided a patch is all noise: its place must still stand out in its token
+            nn.init.normal_(self.pos_embed[:, 1 + s.text_length:], std=1.0)
+            nn.init.normal_(self.pos_embed[:, :1 + s.text_length], std=0.3)
+            self.patch_embed["proj"].weight.data.mul_(0.3)
 
     def text_bias(self, mask, before, after):
         """The mask (B, L) as a bias on attention logits, (B, 1, 1, before + L + after): -inf on padding, 0 elsewhere."""
@@ -426,9 +439,21 @@ def load(path, device, precision):
 
 # ---------------------------------------------------------------------------------------------------------------- training
 def learning_rate(s, step):
-    """Linear warm-up, constant, then along a cosine to zero over the last `decay` share of the steps. The first step is 1."""
-    rate, begin = s.lr * min(1, step / max(1, s.warmup)), s.steps * (1 - s.decay)
-    return rate * 0.5 * (1 + math.cos(math.pi * (step - begin) / (s.steps - begin))) if step > begin else rate
+    """Share of the highest learning rate at a step (the first is 1): linear warm-up, constant, and along a cosine to zero at the end."""
+    share, begin = min(1, step / max(1, s.warmup)), s.steps * (1 - s.decay)
+    return share * 0.5 * (1 + math.cos(math.pi * (step - begin) / (s.steps - begin))) if step > begin else share
+
+
+def make_optimizers(model, s):
+    """AdamW on everything, as published; or Muon (Jordan et al. 2024) on the matrices of the blocks and AdamW on the rest.
+
+    Muon's steps are of equal size in all directions of a matrix, also in those of small gradient: with AdamW the relations of the toy world
+    are still at chance when, with Muon, they are almost learned.
+    """
+    matrices = [p for name, p in model.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and "block" in name]
+    rest = [p for name, p in model.named_parameters() if not (s.optimizer == "muon" and p.ndim == 2 and "block" in name)]
+    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
+    return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
 
 
 def train(s, data, folder, device, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False):
@@ -447,14 +472,15 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
     torch.manual_seed(s.seed)
     model = UViT(s).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)
+    optimizers = make_optimizers(model, s)
     painter = Painter(ema, encoder, s, device, precision)
     state = common.open_run(folder, s, resume, overwrite)
     start, seconds, halfway = 0, 0.0, math.inf                 # halfway: how far from 50 % right early.safetensors is, in points
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         start, seconds, halfway = state["step"], state["seconds"], state["halfway"]
     watch = watch and "scene" in dataset.items[0][2]
     metrics = common.Metrics(folder, ["step", "loss", "lr", "all"], start)
@@ -465,21 +491,22 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
         for step, (pictures, captions, unread) in enumerate(common.batches(dataset, s.batch, start, s.steps, s.seed, workers), start + 1):
             broken.add(unread)
             generator.manual_seed(s.seed * 10**9 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, step)
+            for group, highest in zip((group for optimizer in optimizers for group in optimizer.param_groups), (s.lr, s.muon_lr)):
+                group["lr"] = highest * learning_rate(s, step)
             # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
             dropped = torch.rand(len(captions), generator=generator, device=device) < s.drop
             text, mask = encoder(["" if d else caption for d, caption in zip(dropped.tolist(), captions)])
             x_0 = common.to_float(pictures.to(device, non_blocking=True))
-            t = torch.randint(1, Diffusion.T + 1, (len(x_0),), generator=generator, device=device)
+            t = 1 + (Diffusion.T * torch.rand(len(x_0), generator=generator, device=device)**s.time_power).long().clamp(max=Diffusion.T - 1)
             eps = torch.randn(x_0.shape, generator=generator, device=device)
             with common.autocast(device, precision):
-                loss = painter.diffusion.loss(lambda x_t, t: model(x_t, t, text, mask), x_0, t, eps)
-            optimizer.zero_grad()
+                loss = painter.diffusion.loss(functools.partial(model, text=text, mask=mask), x_0, t, eps)
+            model.zero_grad()
             loss.backward()
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             # the average follows closely at first, when the weights still change fast
             decay = min(s.ema, step / (step + 10))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -497,12 +524,13 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
                 mean = torch.stack(losses).mean().item()
                 if not math.isfinite(mean):
                     raise UserError(f"the loss is {mean} at step {step}; the last checkpoint stays as it was: try a lower --lr, or --precision fp32")
-                metrics.add(step, mean, learning_rate(s, step), all_right)
+                metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
                 progress.set_postfix(loss=f"{mean:.4f}")
                 losses = []
             if step % save_every == 0 or last:
                 common.save_tensors(ema.state_dict(), folder / "model.safetensors")
-                common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
+                common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
+                                           "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                                            "step": step, "seconds": time.time() - begin, "halfway": halfway})
                 common.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
             if interrupt.asked:
@@ -623,7 +651,7 @@ def analyse(painter, data, folder, samples=64):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     begin = time.time()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="settings apply to --train and --compare; results of a run stand in its folder")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     action = parser.add_argument_group("what to do")
     action.add_argument("--train", action="store_true", help="train, draw validation captions and, on the toy world, grade them")
     action.add_argument("--quick", action="store_true", help="with --train: the same in small, into runs/quick")
@@ -653,7 +681,6 @@ def main():
         analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.settings.size), painter.folder)
         return
     s = common.make_settings(Settings, PRESETS, args)
-    UViT(s)                                                        # settings that do not fit together end here, before anything is built
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=300), min(args.samples, 256)
     if args.compare:

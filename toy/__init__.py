@@ -12,6 +12,7 @@ def prepare(data, clip, size=24):
     folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size) if known else data
     if Path(clip) == experts.CLIP_FOLDER:
         if not known:
-            print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for {data} name a real one: --clip openai/clip-vit-large-patch14")
+            print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for {data} name a real one: "
+                  "--clip openai/clip-vit-large-patch14")
         experts.clip(shapes.build())
     return folder

@@ -117,14 +117,15 @@ def phrase(group, rng):
 
 
 def sentence(scene, rng):
-    """One English caption: synonyms, and three word orders (plain, turned round, the second group first)."""
+    """One English caption: synonyms, and three word orders: plain, turned round, and (rarer, as in English) the place first."""
     opening = rng.choice(("", "", "a picture of ", "an image of "))
     if len(scene.groups) == 1:
         return opening + phrase(scene.groups[0], rng)
     first, second = (phrase(group, rng) for group in scene.groups)
     there, back = rng.choice(PREPOSITIONS[scene.relation]), rng.choice(PREPOSITIONS[OPPOSITE[scene.relation]])
     verb = "is" if scene.groups[0].count == 1 else "are"
-    return rng.choice((f"{opening}{first} {there} {second}", f"{opening}{second} {back} {first}", f"{there} {second} {verb} {first}"))
+    orders = (f"{opening}{first} {there} {second}", f"{opening}{second} {back} {first}", f"{there} {second} {verb} {first}")
+    return rng.choices(orders, weights=(50, 40, 10))[0]
 
 
 def keywords(scene):
