@@ -470,21 +470,25 @@ def check_run(folder, resume, overwrite):
         raise UserError(f"{folder}/ holds a run already: --resume to go on, --overwrite to start anew, --out for another folder")
 
 
+def check_settings(folder, settings):
+    """Raises UserError if the run in a folder was made with other settings than these."""
+    there, here = read_json(Path(folder) / "config.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
+    for name in (field.name for field in dataclasses.fields(settings) if field.metadata):          # those with a flag
+        if there.get(name) != here[name]:
+            raise UserError(f"{folder}/ was made with {name} = {there.get(name)}, now it is {here[name]}: "
+                            "give the settings of the first start, or another --out")
+
+
 def open_run(folder, settings, resume, overwrite):
     """Makes the folder of a training and writes config.json, or checks the one that is there; returns what `save_state` saved, or None.
 
     Raises UserError if a run is there and neither flag is given, if there is none to resume, or if its settings are others.
     """
     folder = Path(folder)
-    wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
     if resume:
         if not (folder / "state.pt").exists():
             raise UserError(f"--resume: {folder}/ holds no state.pt to go on from; start without --resume")
-        there = read_json(folder / "config.json")
-        if differ := [name for name in wanted if there.get(name) != wanted[name]]:
-            name = differ[0]
-            raise UserError(f"--resume: {folder}/ was trained with {name} = {there.get(name)}, now it is {wanted[name]}: "
-                            "give the settings of the first start")
+        check_settings(folder, settings)
         try:
             return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -493,7 +497,7 @@ def open_run(folder, settings, resume, overwrite):
     for name in ("state.pt", "model.safetensors", "results.json", "early.safetensors"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", wanted)
+    write_json(folder / "config.json", dataclasses.asdict(settings))
     return None
 
 

@@ -1,4 +1,4 @@
-"""Measures any checkpoint: exact alignment on the toy world; the cost of early and intermediate fusion anywhere.
+"""Measures any checkpoint: exact alignment on the toy world; the cost of early and intermediate fusion; the rank of attention to text.
 
     python eval.py                                       # held-out captions drawn by runs/uvit_fusion and graded by the exact judge
     python eval.py --run runs/uvit_fusion/early.safetensors --samples 512
@@ -8,6 +8,8 @@ The table is printed and its figures are written to results.json in the run fold
 """
 import argparse
 import dataclasses
+import itertools
+import math
 import random
 import subprocess
 import sys
@@ -22,11 +24,14 @@ import toy
 import uvit_fusion
 from common import UserError
 
-
 # -------------------------------------------------------------------------------------------------------------- alignment
+ROWS = {"all": "all fields", "all_unseen": "  with an unseen triple", "count": "count", "colour": "colour", "shape": "shape", "relation": "relation"}
+
+
 def interval(values):
-    """Half-width of the 95 % interval of a mean, in the unit of the values."""
-    return 1.96 * np.std(values) / max(1, len(values))**0.5
+    """Half-width of the 95 % interval of the mean of independent values, in their unit; nan are left out."""
+    values = np.asarray(values)[~np.isnan(values)]
+    return 1.96 * values.std() / max(1, len(values))**0.5
 
 
 def validation_prompts(data, size, samples):
@@ -40,34 +45,26 @@ def validation_prompts(data, size, samples):
     return [Scene.from_json(image["scene"]) for _, _, image in items], captions, [image["unseen"] for _, _, image in items]
 
 
-def verdicts(painter, scenes, captions, sampling, batch=256, progress=True):
-    """Draws each caption (sample i from noise i) and judges it: {field: array of 0 and 1}; `relation` is nan for scenes without one."""
+def alignment(painter, data, samples=2048, sampling=None, batch=256, progress=True):
+    """Draws held-out captions, picture i from noise i, and has them judged.
+
+    Returns (figures, table): figures in % are all, all_ci, all_unseen, count, colour, shape and relation, with samples; table holds for
+    each the verdicts, an array of 0 and 1 with a row a caption, nan where a field does not apply (relation: scenes of one group).
+    """
     from toy.shapes import FIELDS, judge, parse
-    pictures = painter.draw(captions, **sampling, batch=batch, progress=progress)
+    scenes, captions, unseen = validation_prompts(data, painter.settings.size, samples)
+    pictures = painter.draw(captions, **sampling or {}, batch=batch, progress=progress)
     judged = [judge(things, scene) for things, scene in zip(parse(pictures), scenes)]
     table = {field: np.array([verdict[field] for verdict in judged], float) for field in FIELDS}
     table["relation"][[scene.relation is None for scene in scenes]] = np.nan
-    return table
-
-
-def alignment(painter, data, samples=2048, sampling=None, batch=256, progress=True):
-    """The figures of the exact judge over held-out captions, in %: all, all_ci, all_unseen, count, colour, shape, relation, samples."""
-    scenes, captions, unseen = validation_prompts(data, painter.settings.size, samples)
-    table = verdicts(painter, scenes, captions, sampling or {}, batch, progress)
-    figures = {"all": 100 * table["all"].mean(), "all_ci": 100 * interval(table["all"]),
-               "all_unseen": 100 * table["all"][np.array(unseen)].mean() if any(unseen) else float("nan")}
-    figures |= {field: 100 * np.nanmean(table[field]) for field in ("count", "colour", "shape", "relation")}
-    return {name: float(value) for name, value in figures.items()} | {"samples": len(scenes)}, table
+    table["all_unseen"] = np.where(unseen, table["all"], np.nan)
+    figures = {name: 100 * float(np.nanmean(table[name])) for name in ROWS}
+    return figures | {"all_ci": 100 * float(interval(table["all"])), "samples": len(scenes)}, table
 
 
 def alignment_rows(figures, table):
-    """The same as rows of a table, each with its interval."""
-    rows = [["held-out captions", "right, %", "+-"]]
-    for name, label in (("all", "all fields"), ("count", "count"), ("colour", "colour"), ("shape", "shape"), ("relation", "relation")):
-        values = table[name][~np.isnan(table[name])]
-        rows.append([label, figures[name], 100 * interval(values)])
-    rows.insert(2, ["  unseen triples", figures["all_unseen"], 100 * interval(table["all"]) * 2**0.5])
-    return rows
+    """The figures as rows of a table, each with its interval."""
+    return [["held-out captions", "right, %", "+-"], *([label, figures[name], 100 * interval(table[name])] for name, label in ROWS.items())]
 
 
 # -------------------------------------------------------------------------------------------------------------------- cost
@@ -103,7 +100,7 @@ def synchronize(device):
 def step_costs(variants, device, precision, batch=None, rounds=10):
     """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch}}.
 
-    variants: {name: Settings}. A step is forward, backward and AdamW on random inputs, text encoder not included. The variants take turns
+    variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take turns
     and the median over `rounds` counts, so that a passing load hits all alike. sample_ms: a picture in 25 guided steps, in a batch of 8.
     """
     costs, runs = {}, {}
@@ -111,16 +108,17 @@ def step_costs(variants, device, precision, batch=None, rounds=10):
         torch.manual_seed(0)
         model, size = uvit_fusion.UViT(s).to(device), batch or s.batch
         costs[name] = {"parameters": sum(p.numel() for p in model.parameters()), "gflops": forward_flops(s) / 1e9, "batch": size}
-        runs[name] = (model, torch.optim.AdamW(model.parameters(), fused=True), random_inputs(s, size, device), random_inputs(s, 8, device), [], [])
+        runs[name] = (model, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), random_inputs(s, 8, device), [], [])
     for n in range(rounds + 2):
-        for name, (model, optimizer, (x, t, text, mask), few, times, draws) in runs.items():
+        for name, (model, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
             synchronize(device)
             begin = time.perf_counter()
             with common.autocast(device, precision):
                 loss = (model(x, t, text, mask).float() - x).square().mean()
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             synchronize(device)
             times.append(time.perf_counter() - begin)
             if n % 4 == 2:
@@ -165,6 +163,104 @@ def cost(device, precision, batch, folder="runs/cost"):
         common.print_table(rows, f"preset {preset}, training batch {size}; a picture: 25 guided steps")
     Path(folder).mkdir(parents=True, exist_ok=True)
     common.write_results(folder, figures)
+
+
+# ----------------------------------------------------------------------------------------------------- the paper's comparison
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t, 97.5 %, for the mean of so many values
+
+
+def compare(s, data, folder, device, precision, seeds, samples):
+    """The paper's experiment in small: four variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
+
+    A run that is finished is kept and an interrupted one goes on, so the command can be given again. Intervals are over seeds.
+    """
+    folder, right, painters = Path(folder), {name: [] for name in uvit_fusion.VARIANTS}, {}
+    for seed, (name, change) in itertools.product(range(seeds), uvit_fusion.VARIANTS.items()):
+        if seed and change["fusion"] == "cross":
+            continue
+        run, settings = folder / f"{name}-{seed}", dataclasses.replace(s, seed=seed, **change)
+        if (run / "results.json").exists():
+            common.check_settings(run, settings)
+        else:
+            print(f"\n{name}, seed {seed}: into {run}/")
+            painter = uvit_fusion.train(settings, data, run, device, precision, resume=(run / "state.pt").exists(), overwrite=True)
+            figures, table = alignment(painter, data, samples)
+            common.print_table(alignment_rows(figures, table))
+            common.write_results(run, figures)
+        right[name].append(common.read_json(run / "results.json"))
+        if not seed:
+            painters[name] = uvit_fusion.load(run, device, precision)
+
+    def mean_and_interval(values):
+        return np.mean(values), T_95[len(values)] * np.std(values, ddof=1) / len(values)**0.5 if len(values) in T_95 else math.nan
+    cost = step_costs({name: painter.settings for name, painter in painters.items()}, device, precision)
+    rows, figures = [["", "all right, %", "+-", "unseen", "count", "relation", "GFLOPs", "ms a step", "seeds"]], {}
+    for name, runs in right.items():
+        mean, half = mean_and_interval([run["all"] for run in runs])
+        figures |= {f"{name}_all": mean, f"{name}_all_ci": half, f"{name}_gflops": cost[name]["gflops"], f"{name}_ms": cost[name]["ms"]}
+        rows.append([name, mean, half, *(np.mean([run[f] for run in runs]) for f in ("all_unseen", "count", "relation")),
+                     f"{cost[name]['gflops']:.3f}", cost[name]["ms"], len(runs)])
+    common.print_table(rows, f"Fusion variants after {s.steps} steps, {samples} held-out captions each; intervals over seeds")
+    difference = [b["all"] - a["all"] for a, b in zip(right["early"], right["intermediate"])]
+    figures["difference"], figures["difference_ci"] = mean_and_interval(difference)
+    print(f"intermediate - early, concatenation: {figures['difference']:+.1f} +- {figures['difference_ci']:.1f} points over {len(difference)} seeds")
+    common.write_results(folder, {name: value for name, value in figures.items() if not math.isnan(value)})
+    scenes, captions, _ = validation_prompts(data, s.size, 8)
+    pictures = np.concatenate([painter.draw(captions) for painter in painters.values()])
+    texts = [""] * len(captions) * (len(painters) - 1) + captions
+    common.picture_grid(pictures, texts, folder / "samples" / "variants.png", columns=len(captions), titles=list(painters))
+    print(f"the same captions and noise, a row a variant: {folder / 'samples' / 'variants.png'}")
+
+
+# --------------------------------------------------------------------------------------------- rank of text-to-image attention
+def effective_rank(matrices):
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007): (..., Q, K) -> (...), from 1 to min(Q, K)."""
+    values = torch.linalg.svdvals(matrices.double())
+    p = values / values.sum(-1, keepdim=True).clamp(min=1e-12)
+    return (-(p * p.clamp(min=1e-12).log()).sum(-1)).exp()
+
+
+@torch.no_grad()
+def analyse(painter, data, folder, samples=64):
+    """The attention of image tokens to text tokens, block by block: its effective rank and its share of all attention.
+
+    Rows of the matrix A (N, L) of a head are patches, columns the caption's real tokens, entries the softmax over all keys. Averaged
+    over heads, validation pictures and five noise levels. A rank of 1 means that every patch looks at the caption in the same way.
+    The measure is this project's own: the paper's code for its analysis was not released.
+    """
+    s, model, device = painter.settings, painter.model, painter.device
+    dataset = common.CaptionedImages(data, "val", s.size)
+    pictures = torch.stack([dataset.picture(i) for i in range(min(samples, len(dataset)))]).to(device)
+    text, mask = painter.encoder([texts[0] for _, texts, _ in dataset.items[:len(pictures)]])
+    x_0, patches = common.to_float(pictures), (s.size // s.patch)**2
+    names = [*(f"in {i}" for i in range(s.depth // 2)), "middle", *(f"out {i}" for i in range(s.depth // 2))]
+    ranks, shares = {name: [] for name in names}, {name: [] for name in names}
+    for t in (100, 300, 500, 700, 900):
+        record = []
+        step = torch.full((len(x_0),), t, device=device)
+        eps = torch.randn(x_0.shape, generator=torch.Generator(device).manual_seed(t), device=device)
+        model(painter.diffusion.q_sample(x_0, step, eps), step, text, mask, record)
+        for name, logits in zip(names, record):
+            keys = logits.shape[-1]
+            if keys == 1 + patches:
+                continue                                                       # a block without text
+            first = 1 + patches if s.fusion == "cross" else 1                  # where text begins among the keys
+            a = logits.softmax(-1)[:, :, -patches:, first:first + s.text_length]                                   # (B, H, N, L)
+            for i, real in enumerate(mask.sum(1).tolist()):
+                ranks[name].append(effective_rank(a[i, :, :, :real]).mean().item())
+                shares[name].append(a[i].sum(-1).mean().item())
+    rows = [["block", "effective rank", "+-", "share of attention, %"]]
+    for name in names:
+        if ranks[name]:
+            rows.append([name, f"{np.mean(ranks[name]):.2f}", f"{interval(ranks[name]):.2f}", 100 * np.mean(shares[name])])
+        else:
+            rows.append([name, "no text", "", ""])
+    common.print_table(rows, f"Text-to-image attention of {painter.settings.fusion}, v = {s.image_blocks}, c = {s.caption_blocks}; "
+                             f"the rank could be {mask.sum(1).float().mean():.1f}, the mean number of tokens")
+    curve = [(i, float(np.mean(ranks[name]))) for i, name in enumerate(names) if ranks[name]]
+    share = [(i, 10 * float(np.mean(shares[name]))) for i, name in enumerate(names) if shares[name]]
+    common.plot({"effective rank": curve, "share of attention x 10": share}, folder / "attention_rank.png", "block", "text-to-image attention")
+    print(f"as a picture: {folder / 'attention_rank.png'}")
 
 
 # -------------------------------------------------------------------------------------------------------------------- main

@@ -229,7 +229,8 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_effective_rank_counts_directions():
+    from eval import effective_rank
     g = torch.Generator().manual_seed(0)
     outer = torch.rand(6, 1, generator=g) @ torch.rand(1, 9, generator=g)
-    assert uvit_fusion.effective_rank(outer).item() == pytest.approx(1, abs=1e-6)
-    assert uvit_fusion.effective_rank(torch.eye(5)).item() == pytest.approx(5, abs=1e-6)
+    assert effective_rank(outer).item() == pytest.approx(1, abs=1e-6)
+    assert effective_rank(torch.eye(5)).item() == pytest.approx(5, abs=1e-6)
