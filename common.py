@@ -432,8 +432,11 @@ def sampling(args):
     return dict(steps=args.sample_steps, guidance=args.guidance, sampler=args.sampler, negative=args.negative, seed=args.noise_seed)
 
 
-def load_run(path, device, precision):
-    """Loads a run folder, or a .safetensors file in one, by the method that its config.json names; returns the method's painter."""
+def load_run(path, device="auto", precision="auto"):
+    """Loads a run folder, or a .safetensors file in one, by the method that its config.json names; returns the method's painter.
+
+    device, precision: as the flags name them.
+    """
     path = Path(path)
     folder = path.parent if path.suffix == ".safetensors" else path
     if not (folder / "config.json").is_file():
@@ -441,7 +444,8 @@ def load_run(path, device, precision):
     method = read_json(folder / "config.json").get("method")
     if method not in METHODS:
         raise UserError(f"{folder}/config.json names the method {method!r}; known are {', '.join(METHODS)}")
-    return importlib.import_module(method).load(path, device, precision)
+    device = pick_device(device)
+    return importlib.import_module(method).load(path, device, pick_precision(precision, device))
 
 
 METHODS = ("uvit_fusion",)

@@ -100,15 +100,16 @@ def synchronize(device):
 def step_costs(variants, device, precision, batch=None, rounds=10):
     """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch}}.
 
-    variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take turns
-    and the median over `rounds` counts, so that a passing load hits all alike. sample_ms: a picture in 25 guided steps, in a batch of 8.
+    variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take
+    turns and the median over `rounds` counts, so that a passing load hits all alike. sample_ms: a picture in 25 guided steps.
     """
     costs, runs = {}, {}
     for name, s in variants.items():
         torch.manual_seed(0)
         model, size = uvit_fusion.UViT(s).to(device), batch or s.batch
         costs[name] = {"parameters": sum(p.numel() for p in model.parameters()), "gflops": forward_flops(s) / 1e9, "batch": size}
-        runs[name] = (model, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), random_inputs(s, 8, device), [], [])
+        few = random_inputs(s, max(1, size // 8), device)
+        runs[name] = (model, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), few, [], [])
     for n in range(rounds + 2):
         for name, (model, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
             synchronize(device)
@@ -273,12 +274,11 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
     common.add_sampling_flags(parser)
     args = parser.parse_args()
-    device = common.pick_device(args.device)
-    precision = common.pick_precision(args.precision, device)
     if args.cost:
-        cost(device, precision, args.batch)
+        device = common.pick_device(args.device)
+        cost(device, common.pick_precision(args.precision, device), args.batch)
         return
-    painter = common.load_run(args.run, device, precision)
+    painter = common.load_run(args.run, args.device, args.precision)
     data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.settings.size)
     figures, table = alignment(painter, data, args.samples, common.sampling(args))
     common.print_table(alignment_rows(figures, table), f"{args.run}: {figures['samples']} held-out captions, {args.sample_steps} steps of "

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 import common
 from common import UserError
 
@@ -52,7 +54,7 @@ def main():
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     film = [] if args.film else None
     pictures = painter.draw(texts, **common.sampling(args), film=film, progress=True)
-    out = Path(args.out or Path(painter.folder) / "samples" / ("film.png" if args.film else "prompts.png"))
+    out = Path(args.out or painter.folder / "samples" / ("film.png" if args.film else "prompts.png"))
     if args.film:
         strip = [frame[i] for i in range(len(texts)) for frame in film]
         titles = [f"step {k + 1}" if i == 0 else "" for i in range(len(texts)) for k in range(len(film))]
@@ -64,7 +66,7 @@ def main():
     print(f"{len(texts)} pictures: {out}")
     if args.singles:
         for i, picture in enumerate(pictures):
-            common.save_picture(picture, out.with_name(f"{out.stem}_{i:04d}.png"))
+            Image.fromarray(picture).save(out.with_name(f"{out.stem}_{i:04d}.png"))
         print(f"one by one: {out.stem}_0000.png to {out.stem}_{len(texts) - 1:04d}.png beside it")
 
 

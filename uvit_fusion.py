@@ -1,4 +1,4 @@
-"""Intermediate fusion of text in a U-shaped vision transformer (Hu, Jia, Rostami 2024, arXiv 2403.16530).
+r"""Intermediate fusion of text in a U-shaped vision transformer (Hu, Jia, Rostami 2024, arXiv 2403.16530).
 
 The idea. A diffusion transformer usually reads its caption from the first block to the last (early fusion). But the outer blocks of
 a U-shaped ViT work on pixels, and their attention to text is of low rank: they have little use for it. So let them see the image
@@ -158,12 +158,12 @@ class Attention(nn.Module):
 
         record: a list that gets the logits q k^T / sqrt(d) + bias, (B, H, Q, K), for whoever wants to look.
         """
+        split = functools.partial(rearrange, pattern="b n (parts h d) -> parts b h n d", h=self.heads)
         if context is None:
-            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        else:
-            both = self.qkv(torch.cat([x, context], dim=1))
-            q, k, v = rearrange(both, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-            q = q[:, :, :x.shape[1]]
+            q, k, v = split(self.qkv(x), parts=3)
+        else:                                                                 # text is asked, but does not ask: no queries for it
+            weight_q, weight_kv = self.qkv.weight.tensor_split([x.shape[-1]])
+            (q,), (k, v) = split(F.linear(x, weight_q), parts=1), split(F.linear(torch.cat([x, context], dim=1), weight_kv), parts=2)
         if record is not None:
             logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1]**-0.5
             record.append(logits if bias is None else logits + bias)
@@ -399,8 +399,8 @@ def guided(model, text, mask, null, null_mask, w):
 # ----------------------------------------------------------------------------------------------------------------- drawing
 class Painter:
     """A network with all it needs to draw: what `sample.py`, `eval.py` and the other methods work with."""
-    def __init__(self, model, encoder, settings, device, precision):
-        self.model, self.encoder, self.settings, self.device, self.precision = model, encoder, settings, device, precision
+    def __init__(self, model, encoder, settings, folder, device, precision):
+        self.model, self.encoder, self.settings, self.folder, self.device, self.precision = model, encoder, settings, folder, device, precision
         self.diffusion = Diffusion(settings.schedule, settings.target, settings.clip_x0)
 
     @torch.no_grad()
@@ -442,7 +442,7 @@ def load(path, device, precision):
     if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
         raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
                         "put back the text encoder that it was trained with")
-    return Painter(model, encoder, s, device, precision)
+    return Painter(model, encoder, s, folder, device, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -481,7 +481,7 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
     model = UViT(s).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, s)
-    painter = Painter(ema, encoder, s, device, precision)
+    painter = Painter(ema, encoder, s, folder, device, precision)
     state = common.open_run(folder, s, resume, overwrite)
     start, seconds, halfway = 0, 0.0, math.inf                 # halfway: how far from 50 % right early.safetensors is, in points
     if state:
@@ -585,13 +585,12 @@ def main():
         return
     import eval as grade
     import toy
-    device = common.pick_device(args.device)
-    precision = common.pick_precision(args.precision, device)
     if args.analyse:
-        painter = common.load_run(args.run, device, precision)
+        painter = common.load_run(args.run, args.device, args.precision)
         grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.settings.size), painter.folder)
         return
-    s = common.make_settings(Settings, PRESETS, args)
+    s, device = common.make_settings(Settings, PRESETS, args), common.pick_device(args.device)
+    precision = common.pick_precision(args.precision, device)
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=200), min(args.samples, 256)
     if args.compare:
