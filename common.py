@@ -569,15 +569,16 @@ def wrap(text, width, face):
 
 
 def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titles=None):
-    """Writes pictures (N, H, W, 3) uint8 as a grid, each with its text below; `titles` stand at the left of the rows."""
-    n, h = pictures.shape[:2]
+    """Writes pictures, N of (H, W, 3) uint8, as a grid, each with its text below; `titles` stand at the left of the rows."""
+    n, h = len(pictures), len(pictures[0])
     side = side or max(96, h)
     columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
     face = face or font(11)
     gap, line = 8, 14
     wrapped = [wrap(text, side, face) for text in texts]
     below = max(map(len, wrapped)) * line + 4 if any(texts) else 0
-    left = max((face.getlength(title) for title in titles), default=0) + 2 * gap if titles else gap
+    heads = [wrap(title, 150, face) for title in titles or []]
+    left = max((face.getlength(part) for lines in heads for part in lines), default=-gap) + 2 * gap
     rows = math.ceil(n / columns)
     sheet = Image.new("RGB", (int(left) + columns * (side + gap), gap + rows * (side + below + gap)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -586,8 +587,9 @@ def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titl
         sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
         for k, text in enumerate(lines):
             draw.text((x, y + side + 2 + k * line), text, fill="black", font=face)
-    for row, title in enumerate(titles or []):
-        draw.text((gap, gap + row * (side + below + gap) + side / 2 - line), title, fill="black", font=face)
+    for row, lines in enumerate(heads):
+        for k, text in enumerate(lines):
+            draw.text((gap, gap + row * (side + below + gap) + side / 2 + (k - len(lines) / 2) * line), text, fill="black", font=face)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

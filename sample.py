@@ -57,10 +57,8 @@ def main():
     out = Path(args.out or painter.folder / "samples" / ("film.png" if args.film else "prompts.png"))
     if args.film:
         strip = [frame[i] for i in range(len(texts)) for frame in film]
-        titles = [f"step {k + 1}" if i == 0 else "" for i in range(len(texts)) for k in range(len(film))]
-        for i, text in enumerate(texts):
-            titles[i * len(film)] = text
-        common.picture_grid(strip, titles, out, columns=len(film), face=face)
+        labels = [f"step {k + 1}" for k in range(len(film))] * len(texts)
+        common.picture_grid(strip, labels, out, columns=len(film), face=face, titles=texts)
     else:
         common.picture_grid(pictures, texts, out, columns=args.columns or (args.per_prompt if args.per_prompt > 1 else None), face=face)
     print(f"{len(texts)} pictures: {out}")

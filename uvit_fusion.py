@@ -343,7 +343,7 @@ class Diffusion:
         return mean, (1 - step) * (1 - ar) / (1 - at)
 
     @torch.no_grad()
-    def sample(self, network, x, steps=25, sampler="dpm", generator=None, progress=False, film=None):
+    def sample(self, network, x, steps=25, sampler="dpm", generator=None, film=None):
         """Turns noise x (B, C, S, S) into pictures.
 
         network(x_t, t) -> output, already guided; sampler: "ddpm" (ancestral), "ddim" (Song et al. 2021, eta 0) or "dpm" (DPM-Solver++
@@ -356,7 +356,7 @@ class Diffusion:
         times = torch.linspace(self.T, 0, steps + 1).round().long()
         half_log_snr = 0.5 * (self.abar.log() - (1 - self.abar).log())                 # lambda of DPM-Solver; infinite at t = 0
         previous, h_previous = None, None
-        for t, r in tqdm(list(zip(times[:-1], times[1:])), desc="sampling", leave=False, disable=not progress):
+        for t, r in zip(times[:-1], times[1:]):
             x_0, eps = self.predict(network(x, t.expand(len(x)).to(x.device)).float(), x, t.expand(len(x)))
             if film is not None:
                 film.append(x_0)
