@@ -142,8 +142,11 @@ def fused_attention(q, k, v, bias=None):
 
 
 def attention(q, k, v, bias=None):
-    """The faster of the two, by device."""
-    return (softmax_attention if q.device.type == "cpu" else fused_attention)(q, k, v, bias)
+    """The faster of the two. Forward and backward of (64, 4, 57, 32) on two CPU cores took the softmax 5.1 ms in bf16 and 6.2 in fp32, the
+    kernel 30.6 and 5.4; of (8, 8, 334, 64), the paper's size, 25.5 and 66.0 against 40.8 and 35.7.
+    """
+    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return (softmax_attention if plain else fused_attention)(q, k, v, bias)
 
 
 class Attention(nn.Module):
