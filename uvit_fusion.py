@@ -595,7 +595,7 @@ def main():
     s, device = common.make_settings(Settings, PRESETS, args), common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     if args.quick:
-        s, args.samples = dataclasses.replace(s, steps=200), min(args.samples, 256)
+        s, args.samples = dataclasses.replace(s, steps=200, warmup=40), min(args.samples, 256)
     if args.compare:
         grade.compare(s, toy.prepare(s.data, s.clip, s.size), args.out or "runs/compare", device, precision, args.seeds, args.samples)
         return
