@@ -39,10 +39,10 @@ class UserError(Exception):
 
 
 def entry(main):
-    """Runs a script's main(): a `UserError` ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a script's main(): a `UserError`, or a file that cannot be written, ends it with one line and status 2, Ctrl-C with status 130."""
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -114,8 +114,11 @@ def read_folder(root, split):
     pairs = [(path, path.with_suffix(".txt")) for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES]
     pairs = [(path, text) for path, text in pairs if text.exists()]
     pairs = [pair for i, pair in enumerate(pairs) if (i % 20 == 0) == (split == "val")]
-    told = [(path, [line.strip() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]) for path, text in pairs]
-    return [(path, texts, {"file_name": path.name}) for path, texts in told if texts]
+    items = []
+    for path, text in pairs:
+        lines = [line.strip() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()]
+        items.append((path, [line for line in lines if line], {"file_name": path.name}))
+    return [item for item in items if item[1]]
 
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -413,13 +416,20 @@ def read_settings(settings, folder):
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 
+def positive(text):
+    """The type of a flag that takes 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
 def add_machine_flags(parser):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto takes bf16 where a short probe finds it faster")
 
 
 def add_sampling_flags(parser):
-    parser.add_argument("--sample-steps", type=int, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
+    parser.add_argument("--sample-steps", type=positive, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1: the conditional model (default %(default)s)")
     parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
     parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")

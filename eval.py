@@ -270,9 +270,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
     parser.add_argument("--data", help="data to take the captions from (default: what the run was trained on)")
-    parser.add_argument("--samples", type=int, default=2048, help="held-out captions to draw and grade (default %(default)s)")
+    parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to draw and grade (default %(default)s)")
     parser.add_argument("--cost", action="store_true", help="measure what early and intermediate fusion cost, instead")
-    parser.add_argument("--batch", type=int, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
+    parser.add_argument("--batch", type=common.positive, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
     common.add_sampling_flags(parser)
     args = parser.parse_args()
     if args.cost:

@@ -38,8 +38,8 @@ def main():
     parser.add_argument("--out", help="the grid's file (default <run>/samples/prompts.png)")
     parser.add_argument("--singles", action="store_true", help="also write each picture as a file of its own, at its own size, beside the grid")
     parser.add_argument("--film", action="store_true", help="draw the denoising: one row a prompt, the predicted x_0 of each step")
-    parser.add_argument("--per-prompt", type=int, default=1, help="pictures a prompt (default %(default)s)")
-    parser.add_argument("--columns", type=int, help="pictures in a row of the grid")
+    parser.add_argument("--per-prompt", type=common.positive, default=1, help="pictures a prompt (default %(default)s)")
+    parser.add_argument("--columns", type=common.positive, help="pictures in a row of the grid")
     parser.add_argument("--font", help="font file for the captions, for letters that the system's own lacks")
     common.add_sampling_flags(parser)
     args = parser.parse_args()
@@ -47,8 +47,6 @@ def main():
     if not prompts:
         parser.print_help()
         return
-    if args.per_prompt < 1:
-        raise UserError(f"--per-prompt {args.per_prompt}: choose 1 or more")
     painter = common.load_run(args.run, args.device, args.precision)
     face = common.font(11, args.font)
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]

@@ -260,3 +260,13 @@ def test_every_command_in_the_readme_parses(command, monkeypatch):
     script, *flags = shlex.split(command)
     with pytest.raises(Parsed):
         run(script, *flags, cwd=ROOT)
+
+
+@pytest.mark.parametrize("flags", [["--samples", "0"], ["--seeds", "0"], ["--save-every", "none"], ["--workers", "-1"]])
+def test_flags_out_of_range_are_refused_by_name(tmp_path, flags):
+    refused(run("uvit_fusion.py", "--compare", *flags, cwd=tmp_path), flags[0])
+
+
+def test_an_output_that_cannot_be_written_is_one_line(finished):
+    (finished / "file").write_text("")
+    refused(run("sample.py", "a horse", "--run", "run", "--sample-steps", "2", "--out", "file/grid.png", cwd=finished), "file")

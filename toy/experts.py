@@ -4,7 +4,7 @@
 training scenes by the contrastive loss of CLIP (Radford et al. 2021), nothing else, and shows CLIP's known weakness: it tells
 colours and shapes apart, and hardly relations.
 
-    folder = clip()                            # trains it on first need (1 to 2 minutes on two cores), then only returns the folder
+    folder = clip()                            # trains it on first need (40 s on two cores), then only returns the folder
     CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
     python -m toy.experts                      # builds all and prints what each can do
@@ -48,7 +48,7 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch=192, seed=0):
         return folder
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
     start = time.time()
-    print(f"training the tiny CLIP, the stand-in for openai/clip-vit-large-patch14, into {folder}/ (once, 1 to 2 minutes)")
+    print(f"training the tiny CLIP, the stand-in for openai/clip-vit-large-patch14, into {folder}/ (once, under a minute on two cores)")
     dataset = CaptionedImages(data, "train", 24)
     tokenizer = train_tokenizer(text for _, texts, _ in dataset.items for text in texts)
     config = CLIPConfig(
@@ -61,8 +61,8 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch=192, seed=0):
     precision = pick_precision("auto", device)
     # the fused kernel is slow on CPUs at such short sequences
     model = CLIPModel._from_config(config, attn_implementation="eager" if device.type == "cpu" else "sdpa").to(device)
-    # Embeddings as large as what the layers add to them: with CLIP's 0.02 the states of the last layer forget which word stood where (a probe
-    # on them tells "a above b" from "b above a" in 51 % of cases, against 99 %), which no network behind a frozen encoder can mend.
+    # Embeddings as large as what the layers add to them: with CLIP's own 0.02 the states of the last layer forget which word stood where.
+    # A small transformer trained on them told "a above b" from "b above a" in 51 % of cases after 1000 steps; with 0.5 in 96 % after 600.
     for embedding in (model.text_model.embeddings.token_embedding, model.text_model.embeddings.position_embedding):
         torch.nn.init.normal_(embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
