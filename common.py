@@ -1,8 +1,8 @@
 """What the five methods share: captioned pictures and a frozen text encoder in, a run folder out.
 
-    pictures on disk -> CaptionedImages -> batches of (pictures uint8 (B, 3, S, S), B captions)
+    pictures on disk -> CaptionedImages -> batches of (pictures uint8 (B, 3, S, S), B captions, paths of broken pictures)
     captions         -> TextEncoder     -> features (B, L, D), mask (B, L)
-    a training       -> Run             -> runs/<name>/{config.json, model.safetensors, state.pt, metrics.csv, loss.png, results.json, samples/}
+    a training                          -> runs/<name>/{config.json, model.safetensors, state.pt, metrics.csv, loss.png, results.json, samples/}
 
 Nothing here knows a method. A user's slip raises `UserError`, which `entry` turns into one line and exit status 2.
 """
@@ -30,8 +30,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-DATA_HELP = """expected either the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise)
-or a folder of pictures with a .txt caption beside each"""
+DATA_HELP = ("expected either the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise) "
+             "or a folder of pictures with a .txt caption beside each")
 
 
 class UserError(Exception):
@@ -188,6 +188,12 @@ class Draws:
             yield places
 
 
+def collate(items):
+    """A list of items of `CaptionedImages` as one batch."""
+    pictures, texts, broken = zip(*items)
+    return torch.stack(pictures), list(texts), [path for path in broken if path]
+
+
 def batches(dataset, batch, start, stop, seed, workers=None):
     """A loader of (pictures uint8 (B, 3, S, S), list of captions, list of broken paths), one item a step.
 
@@ -195,12 +201,8 @@ def batches(dataset, batch, start, stop, seed, workers=None):
     """
     if workers is None:
         workers = 0 if dataset.cache is not None else min(8, os.cpu_count() or 1)
-
-    def collate(items):
-        pictures, texts, broken = zip(*items)
-        return torch.stack(pictures), list(texts), [path for path in broken if path]
     return torch.utils.data.DataLoader(dataset, batch_sampler=Draws(len(dataset), batch, start, stop, seed), collate_fn=collate,
-                                       num_workers=workers, pin_memory=torch.cuda.is_available(), persistent_workers=False)
+                                       num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
 class BrokenPictures:
@@ -240,12 +242,12 @@ class TextEncoder:
         from transformers.utils import logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        self.path, self.device, self.cut = str(path), torch.device(device), 0
+        self.device, self.cut = torch.device(device), 0
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             kernel = "eager" if self.device.type == "cpu" else "sdpa"          # the fused kernel is slow on CPUs at short sequences
             self.model = CLIPTextModel.from_pretrained(path, attn_implementation=kernel).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError, SafetensorError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--clip {path} cannot be loaded as a CLIP text model: {reason}") from None
         self.length = self.model.config.max_position_embeddings
@@ -282,18 +284,25 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def synchronize(device):
+    """Waits until a GPU has done what it was given, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def matmul_rate(device, dtype, size=1024, seconds=0.3):
     """Multiply-adds times two a second, of a square matrix product."""
     a = torch.randn(size, size, device=device, dtype=dtype)
-    sync = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
     for _ in range(3):
         a @ a
-    sync()
+    synchronize(device)
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         for _ in range(4):
             a @ a
-        sync()
+        synchronize(device)
         count += 4
     return 2 * size**3 * count / (time.perf_counter() - start)
 
@@ -311,10 +320,10 @@ def autocast(device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------------ run folder
-def save_tensors(tensors, path, metadata=None):
+def save_tensors(tensors, path):
     """Writes a .safetensors file whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
     os.replace(unfinished, path)
 
 
@@ -359,11 +368,13 @@ def machine():
 def write_results(folder, figures):
     """Adds figures (name -> number) to <folder>/results.json, with the commit, the machine and the command they come from."""
     path = Path(folder) / "results.json"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = ""
+    with contextlib.suppress(OSError):                                  # no git
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     results = read_json(path) if path.exists() else {}
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
     figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
-    write_json(path, results | figures | {"commit": git.stdout.strip(), "machine": machine(), "command": command})
+    write_json(path, results | figures | {"commit": commit, "machine": machine(), "command": command})
 
 
 def print_table(rows, title=""):
@@ -433,7 +444,8 @@ def add_sampling_flags(parser):
     parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1: the conditional model (default %(default)s)")
     parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
     parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
-    parser.add_argument("--noise-seed", type=int, default=0, help="seed of the noise that pictures start from (default %(default)s)")
+    parser.add_argument("--noise-seed", type=int, choices=range(10**6), metavar="N", default=0,
+                        help="seed of the noise that pictures start from (default %(default)s)")
     add_machine_flags(parser)
 
 
@@ -451,7 +463,8 @@ def load_run(path, device="auto", precision="auto"):
     folder = path.parent if path.suffix == ".safetensors" else path
     if not (folder / "config.json").is_file():
         raise UserError(f"there is no run in {folder}/ (no config.json): train one first, python uvit_fusion.py --train")
-    method = read_json(folder / "config.json").get("method")
+    config = read_json(folder / "config.json")
+    method = config.get("method") if isinstance(config, dict) else None
     if method not in METHODS:
         raise UserError(f"{folder}/config.json names the method {method!r}; known are {', '.join(METHODS)}")
     device = pick_device(device)
@@ -501,7 +514,7 @@ def open_run(folder, settings, resume, overwrite):
     folder = Path(folder)
     if resume:
         if not (folder / "state.pt").exists():
-            raise UserError(f"--resume: {folder}/ holds no state.pt to go on from; start without --resume")
+            raise UserError(f"--resume: {folder}/ holds no state.pt to go on from: start anew with --overwrite")
         check_settings(folder, settings)
         try:
             return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)

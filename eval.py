@@ -93,11 +93,6 @@ def random_inputs(s, batch, device):
     return [value.to(device) for value in inputs]
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def step_costs(variants, device, precision, batch=None, rounds=10):
     """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch}}.
 
@@ -113,7 +108,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10):
         runs[name] = (model, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), few, [], [])
     for n in range(rounds + 2):
         for name, (model, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
-            synchronize(device)
+            common.synchronize(device)
             begin = time.perf_counter()
             with common.autocast(device, precision):
                 loss = (model(x, t, text, mask).float() - x).square().mean()
@@ -121,7 +116,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10):
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            synchronize(device)
+            common.synchronize(device)
             times.append(time.perf_counter() - begin)
             if n % 4 == 2:
                 s, (x, t, text, mask) = variants[name], few
@@ -129,7 +124,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10):
                 with torch.no_grad(), common.autocast(device, precision):
                     network = uvit_fusion.guided(model, text, mask, text[:1], mask[:1], 3.0)
                     uvit_fusion.Diffusion(s.schedule, s.target).sample(network, x, 25)
-                synchronize(device)
+                common.synchronize(device)
                 draws.append((time.perf_counter() - begin) / len(x))
     for name, (*_, times, draws) in runs.items():
         costs[name] |= {"ms": 1e3 * float(np.median(times[2:])), "sample_ms": 1e3 * float(np.median(draws))}
@@ -168,7 +163,7 @@ def cost(device, precision, batch, folder="runs/cost"):
 
 
 # ----------------------------------------------------------------------------------------------------- the paper's comparison
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t, 97.5 %, for the mean of so many values
+T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t, 97.5 %, for the mean of so many values
 
 
 def compare(s, data, folder, device, precision, seeds, samples):
@@ -176,6 +171,7 @@ def compare(s, data, folder, device, precision, seeds, samples):
 
     A run that is finished is kept and an interrupted one goes on, so the command can be given again. Intervals are over seeds.
     """
+    validation_prompts(data, s.size, 1)                              # refuses data that cannot be graded before anything is trained
     folder, right, painters = Path(folder), {name: [] for name in uvit_fusion.VARIANTS}, {}
     for seed, (name, change) in itertools.product(range(seeds), uvit_fusion.VARIANTS.items()):
         if seed and change["fusion"] == "cross":
@@ -194,7 +190,8 @@ def compare(s, data, folder, device, precision, seeds, samples):
             painters[name] = uvit_fusion.load(run, device, precision)
 
     def mean_and_interval(values):
-        return np.mean(values), T_95[len(values)] * np.std(values, ddof=1) / len(values)**0.5 if len(values) in T_95 else math.nan
+        spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
+        return float(np.mean(values)), float(T_95.get(len(values), 2.571) * spread / len(values)**0.5)
     cost = step_costs({name: painter.settings for name, painter in painters.items()}, device, precision)
     rows, figures = [["", "all right, %", "+-", "unseen", "count", "relation", "GFLOPs", "ms a step", "seeds"]], {}
     for name, runs in right.items():
@@ -202,7 +199,7 @@ def compare(s, data, folder, device, precision, seeds, samples):
         figures |= {f"{name}_all": mean, f"{name}_all_ci": half, f"{name}_gflops": cost[name]["gflops"], f"{name}_ms": cost[name]["ms"]}
         rows.append([name, mean, half, *(np.mean([run[f] for run in runs]) for f in ("all_unseen", "count", "relation")),
                      f"{cost[name]['gflops']:.3f}", cost[name]["ms"], len(runs)])
-    common.print_table(rows, f"Fusion variants after {s.steps} steps, {samples} held-out captions each; intervals over seeds")
+    common.print_table(rows, f"Fusion variants after {s.steps} steps, {right['early'][0]['samples']} held-out captions each; intervals over seeds")
     difference = [b["all"] - a["all"] for a, b in zip(right["early"], right["intermediate"])]
     figures["difference"], figures["difference_ci"] = mean_and_interval(difference)
     print(f"intermediate - early, concatenation: {figures['difference']:+.1f} +- {figures['difference_ci']:.1f} points over {len(difference)} seeds")
@@ -217,7 +214,7 @@ def compare(s, data, folder, device, precision, seeds, samples):
 # --------------------------------------------------------------------------------------------- rank of text-to-image attention
 def effective_rank(matrices):
     """exp of the entropy of the normalised singular values (Roy and Vetterli 2007): (..., Q, K) -> (...), from 1 to min(Q, K)."""
-    values = torch.linalg.svdvals(matrices.double())
+    values = torch.linalg.svdvals(matrices.cpu().double())                     # some GPUs have no float64
     p = values / values.sum(-1, keepdim=True).clamp(min=1e-12)
     return (-(p * p.clamp(min=1e-12).log()).sum(-1)).exp()
 

@@ -5,7 +5,7 @@
     echo "a yellow square" | python sample.py -
     python sample.py "four purple discs" --film          # the denoising as a strip: what the network believes x_0 to be, step by step
 
-Writes one captioned grid, one file a picture with --singles, and prints where. The same seed gives the same pictures whatever the batch.
+Writes one captioned grid, one file a picture with --singles, and prints where. The same seed gives the same pictures.
 """
 import argparse
 import sys
@@ -47,6 +47,8 @@ def main():
     if not prompts:
         parser.print_help()
         return
+    if args.out and Path(args.out).suffix.lower() not in common.PICTURES:
+        raise UserError(f"--out {args.out}: name a picture file, such as {args.out}.png")
     painter = common.load_run(args.run, args.device, args.precision)
     face = common.font(11, args.font)
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]

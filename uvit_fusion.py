@@ -110,6 +110,12 @@ class Settings:
         for name in ("size", "channels", "patch", "dim", "depth", "heads", "batch", "steps", "lr", "muon_lr"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose more than 0")
+        for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("decay", 0, 1), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf),
+                                ("clip_grad", 0, math.inf), ("time_power", 1e-3, math.inf), ("seed", 0, 10**6)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {self.betas}: choose both from 0 up to, not including, 1")
         if self.size % self.patch:
             raise UserError(f"--size {self.size} cannot be cut into patches of {self.patch}: choose a multiple of {self.patch}, or another --patch")
         if self.dim % self.heads or self.dim % 2:
@@ -120,7 +126,7 @@ class Settings:
 
 PRESETS = {
     "toy": {},
-    # the published U-ViT-S/2 on MS-COCO, to the letter
+    # the published U-ViT-S/2 on MS-COCO, with the fusion of this paper's released code (U-ViT itself: image_blocks = caption_blocks = 0)
     "coco": dict(size=32, channels=4, text_dim=768, text_length=77, mask_text=False, patch=2, dim=512, depth=12, heads=8, image_blocks=3,
                  caption_blocks=3, init="published", schedule="linear", target="eps", clip_x0=False, time_power=1.0, optimizer="adamw", batch=256,
                  steps=1_000_000, lr=2e-4, warmup=5000,
@@ -425,8 +431,9 @@ class Painter:
             noise = torch.stack([torch.randn(s.channels, s.size, s.size, generator=torch.Generator().manual_seed(seed * 10**9 + start + i))
                                  for i in range(len(some))]).to(self.device)
             seen = None if film is None else []
+            text, mask = self.encoder(some)
             with common.autocast(self.device, self.precision):
-                network = guided(self.model, *self.encoder(some), null, null_mask, guidance)
+                network = guided(self.model, text, mask, null, null_mask, guidance)
                 generator = torch.Generator(self.device).manual_seed(seed * 10**9 + start)
                 pictures.append(common.to_uint8(self.diffusion.sample(network, noise, steps, sampler, generator, seen)))
             films.append([common.to_uint8(x_0) for x_0 in seen or []])
@@ -464,7 +471,7 @@ def make_optimizers(model, s):
     patches of 8: a relation turned round in the caption raised the loss by 35 % after 600 steps of Muon, and by nothing after 600 of AdamW.
     """
     matrices = [p for name, p in model.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and "block" in name]
-    rest = [p for name, p in model.named_parameters() if not (s.optimizer == "muon" and p.ndim == 2 and "block" in name)]
+    rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
     return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
 
@@ -475,7 +482,7 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
     What step n does depends on the settings and on n alone, so a resumed run equals an uninterrupted one, bit for bit on the CPU.
     watch: on the toy world, look now and then how many captions it gets right, and keep early.safetensors where that is nearest a half.
     """
-    import eval as grade
+    import eval as grade  # here, since eval.py imports this file
     folder = Path(folder)
     dataset, encoder = common.CaptionedImages(data, "train", s.size), common.TextEncoder(s.clip, device)
     s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
@@ -488,17 +495,20 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
     optimizers = make_optimizers(model, s)
     painter = Painter(ema, encoder, s, folder, device, precision)
     state = common.open_run(folder, s, resume, overwrite)
-    start, seconds, halfway = 0, 0.0, math.inf                 # halfway: how far from 50 % right early.safetensors is, in points
+    start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
+    watch = watch and "scene" in dataset.items[0][2]
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        start, seconds, halfway = state["step"], state["seconds"], state["halfway"]
-    watch = watch and "scene" in dataset.items[0][2]
+        start, halfway, watch = state["step"], state["halfway"], watch and state["watch"]
+        if state["precision"] != str(precision):
+            raise UserError(f"--resume: {folder}/ was trained in {state['precision'][6:]}, now it would be in {str(precision)[6:]}: "
+                            "name it with --precision")
     metrics = common.Metrics(folder, ["step", "loss", "lr", "all"], start)
     broken, generator = common.BrokenPictures(len(dataset)), torch.Generator(device)
-    losses, begin = [], time.time() - seconds
+    losses, step, stop = [], start, False
 
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step") as progress:
         for step, (pictures, captions, unread) in enumerate(common.batches(dataset, s.batch, start, s.steps, s.seed, workers), start + 1):
@@ -526,13 +536,15 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
             losses.append(loss.detach())
             progress.update()
 
-            save, all_right = step % save_every == 0 or step == s.steps or interrupt.asked, ""
+            all_right = ""
             if watch and step > s.steps // 4 and step % max(1, s.steps // 24) == 0:
                 all_right = grade.alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
                 if abs(all_right - 50) < halfway:
                     halfway = abs(all_right - 50)
                     common.save_tensors(ema.state_dict(), folder / "early.safetensors")
                 watch = all_right < 65
+            stop = interrupt.asked
+            save = step % save_every == 0 or step == s.steps or stop
             if step % 20 == 0 or save or all_right:
                 mean = torch.stack(losses).mean().item()
                 if not math.isfinite(mean):
@@ -544,11 +556,11 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
                 common.save_tensors(ema.state_dict(), folder / "model.safetensors")
                 common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
                                            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                                           "step": step, "seconds": time.time() - begin, "halfway": halfway})
+                                           "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)})
                 common.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
-            if interrupt.asked:
+            if stop:
                 break
-    if interrupt.asked:
+    if stop:
         print(f"stopped after step {step}; to go on: the same command with --resume")
         sys.exit(130)
     if broken.paths:
@@ -577,7 +589,7 @@ def main():
     parser.add_argument("--out", help="run folder (default runs/uvit_fusion; --quick: runs/quick; --compare: runs/compare)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    parser.add_argument("--run", default="runs/compare/early-0", help="--analyse: the run to look at (default %(default)s)")
+    parser.add_argument("--run", default="runs/uvit_fusion", help="--analyse: the run to look at (default %(default)s)")
     parser.add_argument("--seeds", type=common.positive, default=3, help="--compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
     parser.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints (default %(default)s)")
@@ -598,21 +610,24 @@ def main():
     s, device = common.make_settings(Settings, PRESETS, args), common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     if args.quick:
-        s, args.samples = dataclasses.replace(s, steps=200, warmup=40), min(args.samples, 256)
+        s, args.samples = dataclasses.replace(s, steps=min(s.steps, 200), warmup=min(s.warmup, 40)), min(args.samples, 256)
     if args.compare:
-        grade.compare(s, toy.prepare(s.data, s.clip, s.size), args.out or "runs/compare", device, precision, args.seeds, args.samples)
+        folder = args.out or ("runs/compare-quick" if args.quick else "runs/compare")
+        grade.compare(s, toy.prepare(s.data, s.clip, s.size), folder, device, precision, args.seeds, args.samples)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
     common.check_run(folder, args.resume, args.overwrite)
     data = toy.prepare(s.data, s.clip, s.size)
+    validation = common.CaptionedImages(data, "val", s.size)
     print(f"{s.steps} steps of {s.batch} pictures on {device} in {str(precision)[6:]}, into {folder}/")
     painter = train(s, data, folder, device, precision, args.resume, args.overwrite, args.workers, args.save_every, watch=not args.quick)
-    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(common.CaptionedImages(data, "val", s.size).items[:24])]
+    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(validation.items[:24])]
     common.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
     print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
-    if s.data == "shapes":
+    if "scene" in validation.items[0][2]:
         figures, table = grade.alignment(painter, data, args.samples)
-        common.print_table(grade.alignment_rows(figures, table), f"{folder}: {args.samples} held-out captions, 25 steps of DPM-Solver++, guidance 3")
+        title = f"{folder}: {figures['samples']} held-out captions, 25 steps of DPM-Solver++, guidance 3"
+        common.print_table(grade.alignment_rows(figures, table), title)
         figures |= {"seconds": time.time() - begin, "peak_memory_mb": common.peak_memory_mb(), "help_seconds": grade.help_seconds(__file__)}
         common.write_results(folder, figures)
         print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")

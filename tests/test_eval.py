@@ -73,7 +73,7 @@ def test_compare_and_analyse_run_from_end_to_end_and_pick_up_finished_runs(tmp_p
     assert run("uvit_fusion.py", "--compare", *flags, cwd=tmp_path)[0] == 0
     status, out, errors = run("uvit_fusion.py", "--compare", *flags, "--lr", "0.1", cwd=tmp_path)
     assert status == 2 and "lr" in errors
-    status, out, errors = run("uvit_fusion.py", "--analyse", cwd=tmp_path)
+    status, out, errors = run("uvit_fusion.py", "--analyse", "--run", "runs/compare/early-0", cwd=tmp_path)
     assert status == 0 and "in 0" in out and (tmp_path / "runs" / "compare" / "early-0" / "attention_rank.png").exists(), errors
 
 

@@ -24,6 +24,8 @@ from toy import shapes
 
 CLIP_FOLDER = Path("runs/toy/clip")
 SPECIAL = ["<|pad|>", "<|unknown|>", "<|start|>", "<|end|>"]           # <|end|> must not be 2: transformers then pools at the largest id
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # CLIP's own normalisation of pixels
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 LENGTH = 20                                                             # tokens that the tiny CLIP reads
 
 
@@ -67,8 +69,7 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch=192, seed=0):
         torch.nn.init.normal_(embedding.weight, std=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], device=device).view(3, 1, 1)      # CLIP's own normalisation
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=device).view(3, 1, 1)
+    mean, std = MEAN.to(device), STD.to(device)
     with tqdm(batches(dataset, batch, 0, steps, seed), desc="tiny CLIP", unit="step") as progress:
         for pictures, texts, _ in progress:
             tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
@@ -103,9 +104,8 @@ def clip_accuracy(folder=CLIP_FOLDER, data="data/shapes", samples=512, seed=0):
     from transformers import AutoTokenizer, CLIPModel
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     dataset, rng = CaptionedImages(data, "val", 24), random.Random(seed)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
     chosen = [(i, shapes.Scene.from_json(item[2]["scene"])) for i, item in enumerate(dataset.items) if item[2]["scene"]["relation"]][:samples]
-    pixels = (torch.stack([dataset.picture(i) for i, _ in chosen]).float() / 255 - mean) / std
+    pixels = (torch.stack([dataset.picture(i) for i, _ in chosen]).float() / 255 - MEAN) / STD
 
     def embed(texts):
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
