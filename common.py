@@ -246,10 +246,13 @@ class TextEncoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             kernel = "eager" if self.device.type == "cpu" else "sdpa"          # the fused kernel is slow on CPUs at short sequences
-            self.model = CLIPTextModel.from_pretrained(path, attn_implementation=kernel).to(device).eval().requires_grad_(False)
+            model, info = CLIPTextModel.from_pretrained(path, attn_implementation=kernel, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"--clip {path} cannot be loaded as a CLIP text model: {reason}") from None
+        if info["missing_keys"]:
+            raise UserError(f"--clip {path} is no CLIP text model: {len(info['missing_keys'])} of its weights are missing")
+        self.model = model.to(device).eval().requires_grad_(False)
         self.length = self.model.config.max_position_embeddings
         self.dim = self.model.config.hidden_size
 
@@ -521,7 +524,7 @@ def open_run(folder, settings, resume, overwrite):
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
     check_run(folder, resume, overwrite)
-    for name in ("state.pt", "model.safetensors", "results.json", "early.safetensors"):
+    for name in ("state.pt", "model.safetensors", "results.json", "compared.json", "early.safetensors"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(settings))

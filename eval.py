@@ -177,7 +177,8 @@ def compare(s, data, folder, device, precision, seeds, samples):
         if seed and change["fusion"] == "cross":
             continue
         run, settings = folder / f"{name}-{seed}", dataclasses.replace(s, seed=seed, **change)
-        if (run / "results.json").exists():
+        verdict = run / "compared.json"                              # not results.json, which eval.py writes with any flags
+        if verdict.exists():
             common.check_settings(run, settings)
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
@@ -185,7 +186,8 @@ def compare(s, data, folder, device, precision, seeds, samples):
             figures, table = alignment(painter, data, samples)
             common.print_table(alignment_rows(figures, table))
             common.write_results(run, figures)
-        right[name].append(common.read_json(run / "results.json"))
+            common.write_json(verdict, figures)
+        right[name].append(common.read_json(verdict))
         if not seed:
             painters[name] = uvit_fusion.load(run, device, precision)
 

@@ -270,3 +270,11 @@ def test_flags_out_of_range_are_refused_by_name(tmp_path, flags):
 def test_an_output_that_cannot_be_written_is_one_line(finished):
     (finished / "file").write_text("")
     refused(run("sample.py", "a horse", "--run", "run", "--sample-steps", "2", "--out", "file/grid.png", cwd=finished), "file")
+
+
+def test_a_model_that_is_no_clip_is_refused(tmp_path, clip_folder):
+    from transformers import AutoTokenizer, BertConfig, BertModel
+    BertModel(BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="--clip"):
+        common.TextEncoder(tmp_path)
