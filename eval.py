@@ -193,7 +193,7 @@ def compare(s, data, folder, device, precision, seeds, samples):
 
     def mean_and_interval(values):
         spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-        return float(np.mean(values)), float(T_95.get(len(values), 2.571) * spread / len(values)**0.5)
+        return float(np.mean(values)), float(T_95.get(len(values), 2.571) * spread / len(values)**0.5)     # six or more: t of six, a little wide
     cost = step_costs({name: painter.settings for name, painter in painters.items()}, device, precision)
     rows, figures = [["", "all right, %", "+-", "unseen", "count", "relation", "GFLOPs", "ms a step", "seeds"]], {}
     for name, runs in right.items():
