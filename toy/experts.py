@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import CaptionedImages, autocast, batches, pick_device, pick_precision
-from toy import shapes
+from toy import shapes, tellings
 
 CLIP_FOLDER = Path("runs/toy/clip")
 SPECIAL = ["<|pad|>", "<|unknown|>", "<|start|>", "<|end|>"]           # <|end|> must not be 2: transformers then pools at the largest id
@@ -29,7 +29,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 LENGTH = 20                                                             # tokens that the tiny CLIP reads
 
 
-def train_tokenizer(texts, vocabulary=400, length=LENGTH):
+def train_tokenizer(texts, vocabulary=800, length=LENGTH):
     """A byte-level BPE tokenizer (any text can be encoded) that writes <|start|> ... <|end|>; padding is <|pad|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -52,7 +52,10 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch=192, seed=0):
     start = time.time()
     print(f"training the tiny CLIP, the stand-in for openai/clip-vit-large-patch14, into {folder}/ (once, under a minute on two cores)")
     dataset = CaptionedImages(data, "train", 24)
-    tokenizer = train_tokenizer(text for _, texts, _ in dataset.items for text in texts)
+    # the tokenizer has whole words for narrative prompts too, as CLIP's has for all of the web; the model never reads them
+    rng = random.Random(seed)
+    told = [tellings.narrative(shapes.Scene.from_json(image["scene"]), rng) for _, _, image in dataset.items]
+    tokenizer = train_tokenizer([*(text for _, texts, _ in dataset.items for text in texts), *told])
     config = CLIPConfig(
         text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
                          max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=2, eos_token_id=3),
