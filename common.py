@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import datetime
 import importlib
 import json
 import math
@@ -168,10 +169,10 @@ class Draws:
     """The batches of a training: step s is a function of the seed and of s alone, so a resumed run sees what it would have seen.
 
     Iterating gives, for each step from `start` to `stop`, the list of (index, draw) that `CaptionedImages` takes. Every picture
-    comes once an epoch, in a new order each time.
+    comes once an epoch, in a new order each time. Of several ranks each gets its part of every batch.
     """
-    def __init__(self, length, batch, start, stop, seed):
-        self.length, self.batch, self.start, self.stop, self.seed = length, batch, start, stop, seed
+    def __init__(self, length, batch, start, stop, seed, rank=0, ranks=1):
+        self.length, self.batch, self.start, self.stop, self.seed, self.rank, self.ranks = length, batch, start, stop, seed, rank, ranks
 
     def __len__(self):
         return self.stop - self.start
@@ -179,8 +180,8 @@ class Draws:
     def __iter__(self):
         epoch, order = -1, None
         for step in range(self.start, self.stop):
-            places = []
-            for position in range(step * self.batch, (step + 1) * self.batch):
+            places, share = [], self.batch // self.ranks
+            for position in range(step * self.batch + self.rank * share, step * self.batch + (self.rank + 1) * share):
                 if position // self.length != epoch:
                     epoch = position // self.length
                     order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed * 9973 + epoch)).tolist()
@@ -194,14 +195,14 @@ def collate(items):
     return torch.stack(pictures), list(texts), [path for path in broken if path]
 
 
-def batches(dataset, batch, start, stop, seed, workers=None):
+def batches(dataset, batch, start, stop, seed, workers=None, rank=0, ranks=1):
     """A loader of (pictures uint8 (B, 3, S, S), list of captions, list of broken paths), one item a step.
 
     workers: processes that decode; None chooses none where the pictures are kept in memory, else one a core, eight at most.
     """
     if workers is None:
-        workers = 0 if dataset.cache is not None else min(8, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(dataset, batch_sampler=Draws(len(dataset), batch, start, stop, seed), collate_fn=collate,
+        workers = 0 if dataset.cache is not None else min(8, max(1, (os.cpu_count() or 1) // ranks))
+    return torch.utils.data.DataLoader(dataset, batch_sampler=Draws(len(dataset), batch, start, stop, seed, rank, ranks), collate_fn=collate,
                                        num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
@@ -287,6 +288,57 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def join_ranks(name="auto"):
+    """(device, rank, ranks): under torchrun this process is one of several that train together, else (device, 0, 1).
+
+    Ranks above 0 print nothing, so that each line appears once.
+    """
+    rank, ranks, local = (int(os.environ.get(variable, default)) for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(name)
+    if ranks > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        # the others wait while rank 0 prepares data, grades or encodes a data set, which may take hours
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+    return device, rank, ranks
+
+
+@contextlib.contextmanager
+def rank_0_first(rank, ranks):
+    """What is inside is done by rank 0, then by the others, which find on disk what it left."""
+    if rank:
+        torch.distributed.barrier()
+    yield
+    if ranks > 1 and not rank:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def together(rank, ranks):
+    """What is inside is done by all ranks at once: when one of them is gone, the others end with one line (of rank 0, or of 1 if 0 is gone)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            if rank > 1:
+                sys.exit(2)
+            raise UserError(f"another of the {ranks} processes has ended, so rank {rank} ends too; the last checkpoint is whole: "
+                            "go on with --resume") from None
+        raise
+
+
+def over_ranks(values, device, ranks):
+    """Means over the ranks of a list of numbers."""
+    if ranks == 1:
+        return values
+    values = torch.tensor(values, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    torch.distributed.all_reduce(values)
+    return (values / ranks).tolist()
+
+
 def synchronize(device):
     """Waits until a GPU has done what it was given, so that a clock can be read."""
     if device.type == "cuda":
@@ -338,6 +390,29 @@ def load_tensors(path):
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
+
+
+def read_weights(path, flag):
+    """The tensors of a weights file by name: .safetensors, or a pickle of nothing but tensors (.pth, .pt, .ckpt, .bin).
+
+    Nothing in a file is ever run. Raises UserError, beginning with `flag`, if it is missing, damaged or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{flag} {path} holds code, which is never run, or is no file of weights: get it as .safetensors") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{flag} {path} is damaged ({str(error).strip().splitlines()[0]}): copy or download it again") from None
+    for inner in ("state_dict", "model"):                            # training checkpoints keep the weights one level down
+        content = content.get(inner, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise UserError(f"{flag} {path} is no file of weights: it should hold tensors by name")
+    return content
 
 
 def load_into(model, tensors, path):
@@ -445,16 +520,37 @@ def add_machine_flags(parser):
 def add_sampling_flags(parser):
     parser.add_argument("--sample-steps", type=positive, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
     parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1: the conditional model (default %(default)s)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="guide only where t / T is within (default: everywhere); outside, a step costs half")
     parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
     parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
     parser.add_argument("--noise-seed", type=int, choices=range(10**6), metavar="N", default=0,
                         help="seed of the noise that pictures start from (default %(default)s)")
-    add_machine_flags(parser)
 
 
 def sampling(args):
     """The keyword arguments of a painter's draw() from the flags above."""
-    return dict(steps=args.sample_steps, guidance=args.guidance, sampler=args.sampler, negative=args.negative, seed=args.noise_seed)
+    return dict(steps=args.sample_steps, guidance=args.guidance, interval=tuple(args.guidance_interval), sampler=args.sampler,
+                negative=args.negative, seed=args.noise_seed)
+
+
+def add_run_flags(parser):
+    parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
+    parser.add_argument("--weights", help="published U-ViT weights (mscoco_uvit_small.pth, ...) in the place of a run")
+    parser.add_argument("--autoencoder", help="--weights: the Stable Diffusion autoencoder, a file or a folder of diffusers")
+    parser.add_argument("--clip", help="--weights: the text encoder (default openai/clip-vit-large-patch14)")
+    add_machine_flags(parser)
+
+
+def load_painter(args):
+    """The painter that the flags of `add_run_flags` name: of a run, or of published weights."""
+    if not args.weights:
+        if args.autoencoder or args.clip:
+            raise UserError("--autoencoder and --clip go with --weights: a run knows its own")
+        return load_run(args.run, args.device, args.precision)
+    device = pick_device(args.device)
+    load = importlib.import_module("uvit_fusion").load_published
+    return load(args.weights, args.autoencoder, args.clip, device, pick_precision(args.precision, device))
 
 
 def load_run(path, device="auto", precision="auto"):
@@ -478,14 +574,14 @@ METHODS = ("uvit_fusion",)
 
 
 class Interrupt:
-    """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second one ends it."""
+    """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second Ctrl-C ends it."""
     def __enter__(self):
         self.asked = False
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked and number == signal.SIGINT and "WORLD_SIZE" not in os.environ:      # torchrun passes on each Ctrl-C once more
             raise KeyboardInterrupt
         self.asked = True
 

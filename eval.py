@@ -1,23 +1,32 @@
-"""Measures any checkpoint: exact alignment on the toy world; the cost of early and intermediate fusion; the rank of attention to text.
+"""Measures any checkpoint: exact alignment on the toy world; picture quality; what early and intermediate fusion cost; attention to text.
 
     python eval.py                                       # held-out captions drawn by runs/uvit_fusion and graded by the exact judge
     python eval.py --run runs/uvit_fusion/early.safetensors --samples 512
+    python eval.py --quality                             # CLIP score, CMMD and (--inception FILE) FID; in the toy world, its own like of them
     python eval.py --cost                                # parameters, GFLOPs and milliseconds, at the sizes "toy" and "coco", side by side
 
 The table is printed and its figures are written to results.json in the run folder (`--cost`: runs/cost/).
 """
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import math
+import os
 import random
 import subprocess
 import sys
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 import common
 import toy
@@ -65,6 +74,253 @@ def alignment(painter, data, samples=2048, sampling=None, batch=256, progress=Tr
 def alignment_rows(figures, table):
     """The figures as rows of a table, each with its interval."""
     return [["held-out captions", "right, %", "+-"], *([label, figures[name], 100 * interval(table[name])] for name, label in ROWS.items())]
+
+
+# --------------------------------------------------------------------------------------------------------- picture quality
+LABELS = {"clip_score": "CLIP score", "cmmd": "CMMD", "fid": "FID", "tiny_clip_score": "tiny-CLIP score",
+          "tiny_clip_distance": "tiny-CLIP distance", "toy_inception_distance": "toy Inception distance"}
+
+
+def sha256(path):
+    """Of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ClipScorer:
+    """A whole frozen CLIP: pictures and texts as vectors of length 1, whose product, a cosine, says how well they go together.
+
+    path: a folder in the Hugging Face format or a name on its hub. `dim` is D. `tiny` is true of the toy world's stand-in: no published
+    CLIP looks at less than 224 x 224 pixels. Works in fp32, as a measure should. Raises UserError if it cannot be loaded.
+    """
+    def __init__(self, path, device="cpu"):
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+        from transformers.utils import logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        kernel = "sdpa" if torch.device(device).type != "cpu" else "eager"     # the fused kernel is slow on CPUs at short sequences
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            model, info = CLIPModel.from_pretrained(path, attn_implementation=kernel, dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+            raise UserError(f"--clip-model {path} cannot be loaded as a CLIP: {str(error).strip().splitlines()[0]}") from None
+        if info["missing_keys"]:
+            raise UserError(f"--clip-model {path} is no whole CLIP, for text and pictures: {len(info['missing_keys'])} of its weights are missing")
+        processor = CLIPImageProcessorPil()                                    # CLIP's own mean and deviation, if the folder names none
+        with contextlib.suppress(OSError):
+            processor = CLIPImageProcessorPil.from_pretrained(path)
+        self.path, self.device, self.model = str(path), device, model.to(device).eval().requires_grad_(False)
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+        self.side, self.length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+        self.dim, self.tiny = model.config.projection_dim, self.side < 224
+        # Hessel et al. begin each caption so; the tiny CLIP has never read these words, and reads 20 tokens only
+        self.prefix = "" if self.tiny else "A photo depicts "
+
+    @torch.no_grad()
+    def images(self, pictures):
+        """A batch of pictures, uint8 (B, H, W, 3) -> (B, D). CLIP looks at the centre square, the shorter side brought to its own."""
+        x = torch.as_tensor(pictures).to(self.device).permute(0, 3, 1, 2).float()                      # (B, 3, H, W)
+        if min(x.shape[2:]) != self.side:
+            size = [side * self.side // min(x.shape[2:]) for side in x.shape[2:]]
+            x = F.interpolate(x, size, mode="bicubic", antialias=True).round().clamp(0, 255)           # as Pillow, with which CLIP was trained
+        top, left = ((side - self.side) // 2 for side in x.shape[2:])
+        x = x[:, :, top:top + self.side, left:left + self.side] / 255
+        return F.normalize(self.model.get_image_features(pixel_values=(x - self.mean) / self.std).pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts):
+        """A batch of texts, each cut at the length that CLIP reads: a list of B strings -> (B, D)."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt").to(self.device)
+        return F.normalize(self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output, dim=-1)
+
+    def score(self, image, captions):
+        """CLIP score (Hessel et al. 2021, arXiv 2104.08718), 2.5 max(cos, 0): image features (B, D) and B captions -> (B,)."""
+        return 2.5 * (image * self.texts([self.prefix + caption for caption in captions])).sum(-1).clamp(min=0)
+
+
+class Inception:
+    """An Inception network in a TorchScript file of the user's, such as inception-2015-12-05.pt: uint8 pictures (B, H, W, 3) -> (B, dim).
+
+    Such a file brings its own code, also for the resizing, so its SHA-256 is printed before anything of it runs. Raises UserError for one
+    that is missing, damaged, no TorchScript or no network of pictures.
+    """
+    def __init__(self, path, device="cpu"):
+        if not Path(path).is_file():
+            raise UserError(f"--inception {path}: there is no such file")
+        self.device, self.digest, wrong = device, sha256(path), "is damaged or no TorchScript file"
+        print(f"inception: {path}, SHA-256 {self.digest}")
+        try:
+            self.network = torch.jit.load(path, map_location=device).eval()
+            names, wrong = [argument.name for argument in self.network.forward.schema.arguments], "gives no features (B, D) of uint8 (B, 3, H, W)"
+            self.flags = {"return_features": True} if "return_features" in names else {}
+            _, self.dim = self(np.zeros((2, 64, 64, 3), np.uint8)).shape
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise UserError(f"--inception {path} {wrong} ({str(error).strip().splitlines()[-1][:100]})") from None
+
+    @torch.no_grad()
+    def __call__(self, pictures):
+        return self.network(torch.as_tensor(pictures).to(self.device).permute(0, 3, 1, 2).contiguous(), **self.flags).float()
+
+
+def parts(rows, size=1024):
+    """Rows of a (memory-mapped) array in float64, a few at a time."""
+    return (np.asarray(rows[i:i + size], np.float64) for i in range(0, len(rows), size))
+
+
+def statistics(rows):
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D)."""
+    mu = sum(part.sum(0) for part in parts(rows)) / len(rows)
+    return mu, sum((part - mu).T @ (part - mu) for part in parts(rows)) / (len(rows) - 1)
+
+
+def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
+    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of two Gaussians; of Inception features the FID (Heusel et al. 2017, 1706.08500).
+
+    S_1 S_2 has the eigenvalues of the symmetric S_1^(1/2) S_2 S_1^(1/2), so eigh is enough, for singular covariances too.
+    """
+    values, vectors = np.linalg.eigh(sigma_1)
+    root = vectors * values.clip(0)**0.5 @ vectors.T                           # clip: rounding leaves eigenvalues just below 0
+    trace = (np.linalg.eigvalsh(root @ sigma_2 @ root).clip(0)**0.5).sum()
+    return float(np.maximum(((mu_1 - mu_2)**2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * trace, 0))
+
+
+def cmmd(x, y, sigma=10.0, size=1024):
+    """CMMD (Jayasumana et al. 2024, arXiv 2401.09603) of CLIP features (N, D) and (M, D) of length 1: 1000 times the squared maximum mean
+    discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y), k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), over all pairs as in the paper's code.
+
+    The paper's CLIP is ViT-L/14 at 336 pixels: figures of another are not to be set beside its own.
+    """
+    def kernel(a, b):                                                          # mean over all pairs, by squares of size x size
+        squared = ((p**2).sum(1)[:, None] + (q**2).sum(1) - 2 * p @ q.T for p, q in itertools.product(parts(a, size), parts(b, size)))
+        return sum(np.exp(block / (-2 * sigma**2)).sum() for block in squared) / (len(a) * len(b))
+    return float(1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)))
+
+
+def read_statistics(path, dim):
+    """mu (dim,) and sigma (dim, dim) of an .npz file. Raises UserError if it is damaged, lacks them or has them of another size."""
+    try:
+        with np.load(path) as content:
+            mu, sigma = (np.asarray(content[name], np.float64) for name in ("mu", "sigma"))
+    except KeyError:
+        raise UserError(f"--reference {path} holds no mu and sigma: give statistics of Inception features, or a folder of pictures") from None
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--reference {path} cannot be read as an .npz file ({str(error).strip().splitlines()[0][:100]})") from None
+    if mu.shape != (dim,) or sigma.shape != (dim, dim) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise UserError(f"--reference {path} has mu {mu.shape} and sigma {sigma.shape}; this --inception needs finite ({dim},) and ({dim}, {dim})")
+    return mu, sigma
+
+
+class Pictures(common.CaptionedImages):
+    """All pictures of a folder, with captions or without."""
+    def __init__(self, root, size):
+        self.items = [(path, [""], {}) for path in sorted(Path(root).rglob("*")) if path.suffix.lower() in common.PICTURES]
+        self.size, self.cache = size, None
+        if not self.items:
+            raise UserError(f"--reference {root} is neither a folder with pictures nor an .npz file")
+
+
+def collect(folder, name, made_from, shape, stream, measure):
+    """Features of N pictures, batch by batch into <folder>/<name>.npy, so that no more than a batch of pictures is ever held.
+
+    shape: (N, K); stream(first): iterates over (pictures (B, H, W, 3), captions) from picture `first` on; measure(pictures, captions) ->
+    (B, K). <name>.json keeps count, with `made_from`: a second start from the same goes on, from another begins anew.
+    Returns a memory-mapped float32 array (N, K).
+    """
+    path, file, note = folder / f"{name}.json", folder / f"{name}.npy", {"made_from": made_from | {"shape": list(shape)}, "done": 0}
+    folder.mkdir(parents=True, exist_ok=True)
+    before = common.read_json(path) if path.exists() and file.exists() else note
+    if other := [key for key, value in note["made_from"].items() if before["made_from"].get(key) != value]:
+        print(f"{path} was made from another {', '.join(other)}: beginning anew")
+    elif before["done"]:
+        note = before
+        print(f"{path}: {note['done']:,} of {shape[0]:,} pictures are done already")
+    if not note["done"]:
+        path.unlink(missing_ok=True)                                           # first, since it speaks of the array
+    try:
+        if note["done"]:
+            np.load(file, mmap_mode="r")                                       # notices a file cut off, which r+ would fill up with zeros
+        rows = np.lib.format.open_memmap(file, "r+" if note["done"] else "w+", np.float32, shape)
+    except ValueError:
+        raise UserError(f"{file} is damaged: remove it, to begin anew") from None
+    with tqdm(total=shape[0], initial=note["done"], desc=name, unit="picture", leave=False) as progress:
+        for pictures, captions in stream(note["done"]) if note["done"] < shape[0] else ():
+            rows[note["done"]:note["done"] + len(pictures)] = measure(pictures, captions).cpu().numpy()
+            rows.flush()
+            note["done"] += len(pictures)
+            common.write_json(path, note)
+            progress.update(len(pictures))
+    return rows
+
+
+def quality(painter, data, weights, folder, samples=None, clip_model=None, inception=None, reference=None, sampling=None, batch=128):
+    """Draws validation captions, picture i from noise i, and measures the pictures with CLIP and, where given, Inception; returns the figures.
+
+    weights: the file the painter was loaded from; folder: gets quality/, the features, with which a second start goes on; samples: default
+    30 000, or all captions if they are fewer; clip_model: default the run's own; inception: a TorchScript file; reference: a folder of
+    pictures or an .npz of mu and sigma, default the validation pictures; of pictures the centre square, as large as the drawn ones.
+    The figures bear the names of what they are: clip_score (against the drawn caption), cmmd and fid; with the tiny CLIP tiny_clip_score and
+    tiny_clip_distance; of toy pictures toy_inception_distance. _ci: half of the 95 % interval; _real: of the validation pictures.
+    """
+    dataset, folder = common.CaptionedImages(data, "val", painter.side), Path(folder) / "quality"
+    samples, statistics_only = samples or min(30_000, len(dataset)), str(reference).endswith(".npz")
+    pictures = Pictures(reference, painter.side) if reference and not statistics_only else dataset
+    if min(samples, len(pictures)) < 2:
+        raise UserError(f"{samples} drawn and {len(pictures)} real pictures are too few, a distance needs 2 of either: see --samples, --reference")
+    if statistics_only and not inception:
+        raise UserError(f"--reference {reference} serves a distance of Inception features: add --inception FILE, or give a folder of pictures")
+    clip = ClipScorer(clip_model or painter.settings.clip, painter.device)
+    network = Inception(inception, painter.device) if inception else None
+    target = read_statistics(reference, network.dim) if statistics_only else None                     # refused before anything is drawn
+    captions = [random.Random(i).choice(dataset.items[i % len(dataset)][1]) for i in range(samples)]
+
+    def drawn(first):
+        for start in range(first, samples, batch):
+            some = captions[start:start + batch]
+            yield painter.draw(some, **sampling or {}, first=start, batch=batch), some
+
+    def real(first):
+        places, broken = [(i, i) for i in range(first, len(pictures))], common.BrokenPictures(len(pictures))    # (i, i): with caption i of above
+        workers = min(8, os.cpu_count() or 1) if len(pictures) > 5000 else 0
+        for some, texts, unread in torch.utils.data.DataLoader(pictures, batch, sampler=places, collate_fn=common.collate, num_workers=workers):
+            broken.add(unread)
+            yield some.permute(0, 2, 3, 1), texts
+
+    def measure(pictures, captions):                                           # columns: CLIP features, CLIP score, Inception features
+        image = clip.images(pictures)
+        return torch.cat([image, clip.score(image, captions)[:, None], *([network(pictures)] if network else [])], dim=1)
+
+    def digest(lines):
+        return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
+    files = [clip.path, *(sha256(path) for path in Path(clip.path).glob("*.safetensors"))]
+    models, width = {"CLIP": files, "Inception": network and network.digest, "batch": batch}, clip.dim + 1 + (network.dim if network else 0)
+    made_from = models | {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
+                          "precision": f"{painter.precision}, {painter.device}"}
+    rows = collect(folder, "drawn", made_from, (samples, width), drawn, measure)
+    score, distance = ("tiny_clip_score", "tiny_clip_distance") if clip.tiny else ("clip_score", "cmmd")
+    scores = np.array(rows[:, clip.dim], float)
+    figures = {score: float(scores.mean()), f"{score}_ci": float(interval(scores)), "quality_samples": samples}
+    if not statistics_only:
+        listed = digest((path.stat().st_size, path, *texts) for path, texts, _ in pictures.items)
+        others = collect(folder, "reference", models | {"pictures": listed, "side": painter.side}, (len(pictures), width), real, measure)
+        figures |= {f"{score}_real": float(others[:, clip.dim].mean(dtype=float))} if pictures is dataset else {}
+        figures[distance] = cmmd(rows[:, :clip.dim], others[:, :clip.dim])
+        if network:
+            target = statistics(others[:, clip.dim + 1:])
+            np.savez(folder / "reference.npz", mu=target[0], sigma=target[1])  # for another run's --reference
+    if network:
+        distance = "toy_inception_distance" if "scene" in dataset.items[0][2] else "fid"
+        figures[distance] = frechet_distance(*statistics(rows[:, clip.dim + 1:]), *target)
+    if statistics_only:
+        print(f"no distance of CLIP features, and no real pictures' score: {reference} holds statistics of Inception features only")
+    if samples < 10_000:
+        print("distances of few pictures come out too high: compare them with those of as many only")
+    return figures
+
+
+def quality_rows(figures):
+    """The figures as rows of a table."""
+    cells = {name: [f"{figures[key]:.4f}" if key in figures else "" for key in (name, f"{name}_ci", f"{name}_real")] for name in LABELS}
+    return [["", "drawn", "+-", "real"], *([label, *cells[name]] for name, label in LABELS.items() if name in figures)]
 
 
 # -------------------------------------------------------------------------------------------------------------------- cost
@@ -267,23 +523,39 @@ def analyse(painter, data, folder, samples=64):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
+    common.add_run_flags(parser)
     parser.add_argument("--data", help="data to take the captions from (default: what the run was trained on)")
-    parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to draw and grade (default %(default)s)")
+    parser.add_argument("--samples", type=common.positive,
+                        help="captions to draw and grade (default 2048; --quality: 30 000, or all held-out captions if they are fewer)")
     parser.add_argument("--cost", action="store_true", help="measure what early and intermediate fusion cost, instead")
     parser.add_argument("--batch", type=common.positive, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
+    looks = parser.add_argument_group("picture quality")
+    looks.add_argument("--quality", action="store_true", help="measure CLIP score, CMMD and FID, instead; interrupted, it goes on at a second start")
+    looks.add_argument("--clip-model", help="CLIP to measure with: a folder or a name on the hub (default: the one whose text the run reads)")
+    looks.add_argument("--inception", help="TorchScript file such as inception-2015-12-05.pt, for FID; it brings code that is run: know its source")
+    looks.add_argument("--reference", help="what to compare with: folder of pictures, or .npz of mu and sigma (default: the validation pictures)")
+    looks.add_argument("--out", help="folder of results.json and quality/, the features (default: the run's; of a weights file: one beside it)")
     common.add_sampling_flags(parser)
     args = parser.parse_args()
     if args.cost:
         device = common.pick_device(args.device)
         cost(device, common.pick_precision(args.precision, device), args.batch)
         return
-    painter = common.load_run(args.run, args.device, args.precision)
+    painter = common.load_painter(args)
     data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.settings.size)
-    figures, table = alignment(painter, data, args.samples, common.sampling(args))
-    common.print_table(alignment_rows(figures, table), f"{args.run}: {figures['samples']} held-out captions, {args.sample_steps} steps of "
-                                                       f"{args.sampler}, guidance {args.guidance:g}")
-    if Path(args.run).suffix != ".safetensors":
+    how = f"{args.sample_steps} steps of {args.sampler}, guidance {args.guidance:g}"
+    if args.quality:
+        weights = Path(args.weights or args.run)
+        folder = Path(args.out or (painter.folder if args.weights or weights.is_dir() else weights.with_suffix("")))
+        weights = weights / "model.safetensors" if weights.is_dir() else weights
+        figures = quality(painter, data, weights, folder, args.samples, args.clip_model, args.inception, args.reference, common.sampling(args))
+        common.print_table(quality_rows(figures), f"{weights}: {figures['quality_samples']:,} pictures, {how}; against {args.reference or data}; "
+                                                  f"CLIP: {args.clip_model or painter.settings.clip}")
+        common.write_results(folder, figures)
+        return
+    figures, table = alignment(painter, data, args.samples or 2048, common.sampling(args))
+    common.print_table(alignment_rows(figures, table), f"{args.weights or args.run}: {figures['samples']} held-out captions, {how}")
+    if not args.weights and Path(args.run).suffix != ".safetensors":
         common.write_results(args.run, figures)
 
 

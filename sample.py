@@ -3,6 +3,7 @@
     python sample.py "two red circles above a blue square" "three green triangles"
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --seed 1
     echo "a yellow square" | python sample.py -
+    python sample.py "a green train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth --guidance 2
     python sample.py "four purple discs" --film          # the denoising as a strip: what the network believes x_0 to be, step by step
 
 Writes one captioned grid, one file a picture with --singles, and prints where. The same seed gives the same pictures.
@@ -34,13 +35,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompts", nargs="*", help='prompts in quotes, or "-" to read them from standard input, one a line')
     parser.add_argument("--file", help="a text file with one prompt a line")
-    parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
     parser.add_argument("--out", help="the grid's file (default <run>/samples/prompts.png)")
     parser.add_argument("--singles", action="store_true", help="also write each picture as a file of its own, at its own size, beside the grid")
     parser.add_argument("--film", action="store_true", help="draw the denoising: one row a prompt, the predicted x_0 of each step")
     parser.add_argument("--per-prompt", type=common.positive, default=1, help="pictures a prompt (default %(default)s)")
     parser.add_argument("--columns", type=common.positive, help="pictures in a row of the grid")
     parser.add_argument("--font", help="font file for the captions, for letters that the system's own lacks")
+    common.add_run_flags(parser)
     common.add_sampling_flags(parser)
     args = parser.parse_args()
     prompts = read_prompts(args)
@@ -49,7 +50,7 @@ def main():
         return
     if args.out and Path(args.out).suffix.lower() not in common.PICTURES:
         raise UserError(f"--out {args.out}: name a picture file, such as {args.out}.png")
-    painter = common.load_run(args.run, args.device, args.precision)
+    painter = common.load_painter(args)
     face = common.font(11, args.font)
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     film = [] if args.film else None

@@ -39,6 +39,7 @@ Differs from the paper (its released value in brackets):
  7. Alignment is graded exactly [FID, CLIP score]; counts and relations have no released evaluation. The rank analysis is this project's own.
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -55,7 +56,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
+import autoencoder
 import common
+from autoencoder import Latents, draw_latents
 from common import UserError, setting
 
 
@@ -64,7 +67,9 @@ class Settings:
     """Everything that makes a run: saved as config.json, read back by whatever loads the run."""
     # the picture and the text
     size: int = setting(24, 'S, side of the picture (or latent) that the network sees')
-    channels: int = setting(3, 'C, 3 for pixels')
+    channels: int = setting(3, 'C, 3 for pixels, 4 for latents')
+    autoencoder: str = setting("", 'file or folder of the Stable Diffusion autoencoder that makes the latents (default: pixels)')
+    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)')
     text_dim: int = 128            # set from the text encoder, like the next
     text_length: int = 20          # L
     mask_text: bool = setting(True, 'hide the padding of the caption (published U-ViT: False, trained over padding)')
@@ -76,7 +81,7 @@ class Settings:
     fusion: str = setting("concat", 'how the text joins: "concat" or "cross"')
     image_blocks: int = setting(2, 'v: blocks at either end that see the image only')
     caption_blocks: int = setting(2, 'c, blocks that see the caption only; early fusion: 0')
-    init: str = setting("fan_in", 'first weights: "fan_in" (learns faster at small widths) or "published" (normal, 0.02)')
+    init: str = setting("fan_in", 'first weights: "fan_in" (learns faster at small widths), "published" (normal, 0.02) or a file of weights')
     # the diffusion
     schedule: str = setting("cosine", '"cosine" or "linear" (Stable Diffusion\'s scaled linear)')
     target: str = setting("x0", 'what the network predicts: "eps", "v" or "x0"')
@@ -103,11 +108,11 @@ class Settings:
 
     def __post_init__(self):
         """Raises UserError for settings that are out of range or do not fit together."""
-        for name, known in (("fusion", ("concat", "cross")), ("init", ("fan_in", "published")), ("schedule", ("cosine", "linear")),
-                            ("target", ("eps", "v", "x0")), ("optimizer", ("adamw", "muon"))):
+        for name, known in (("fusion", ("concat", "cross")), ("schedule", ("cosine", "linear")), ("target", ("eps", "v", "x0")),
+                            ("optimizer", ("adamw", "muon"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
-        for name in ("size", "channels", "patch", "dim", "depth", "heads", "batch", "steps", "lr", "muon_lr"):
+        for name in ("size", "channels", "patch", "dim", "depth", "heads", "batch", "steps", "lr", "muon_lr", "latent_scale"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose more than 0")
         for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("decay", 0, 1), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf),
@@ -231,6 +236,7 @@ class UViT(nn.Module):
     def __init__(self, s):
         super().__init__()
         self.patch, self.image_blocks, self.cross, self.mask_text = s.patch, s.image_blocks, s.fusion == "cross", s.mask_text
+        self.recompute = False               # activation checkpointing: blocks are run again in the backward pass instead of being remembered
         self.length, patches, half = s.text_length, (s.size // s.patch)**2, s.depth // 2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(s.channels, s.dim, s.patch, stride=s.patch)})
         self.context_embed = nn.Linear(s.text_dim, s.dim)
@@ -245,7 +251,7 @@ class UViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02 if s.init == "published" else module.in_features**-0.5)
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if s.init == "fan_in" else 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if s.init == "fan_in":
@@ -266,8 +272,13 @@ class UViT(nn.Module):
         y = self.context_embed(text) + self.pos_embed[:, 1:1 + self.length]
         bias = self.text_bias(mask, 0, 0)
         for block in self.caption_blocks:
-            y = block(y, bias=bias)
+            y = self.run(block, y, bias=bias)
         return y
+
+    def run(self, block, *inputs, **more):
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **more)
+        return block(*inputs, **more)
 
     def denoise(self, x, t, y, mask=None, record=None):
         """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S). record: see `Attention`; one entry a block."""
@@ -282,15 +293,15 @@ class UViT(nn.Module):
         for i, block in enumerate(self.in_blocks):
             if i == self.image_blocks:
                 x = self.join(x, y)
-            x = block(x, record=record, **(joint if i >= self.image_blocks else {}))
+            x = self.run(block, x, record=record, **(joint if i >= self.image_blocks else {}))
             skips.append(x)
         if depth == self.image_blocks:
             x = self.join(x, y)
-        x = self.mid_block(x, record=record, **joint)
+        x = self.run(self.mid_block, x, record=record, **joint)
         for i, block in enumerate(self.out_blocks):
             if depth - i == self.image_blocks:
                 x = torch.cat([x[:, :1], x[:, 1 + extra:]], dim=1)                     # text is dropped
-            x = block(x, skips.pop(), record=record, **(joint if depth - i > self.image_blocks else {}))             # last in, first out
+            x = self.run(block, x, skips.pop(), record=record, **(joint if depth - i > self.image_blocks else {}))             # last in, first out
         tokens = self.decoder_pred(self.norm(x))[:, -patches:]                         # time, and in early fusion text, is dropped
         return self.final_layer(unpatchify(tokens, self.patch))
 
@@ -354,11 +365,11 @@ class Diffusion:
         return mean, (1 - step) * (1 - ar) / (1 - at)
 
     @torch.no_grad()
-    def sample(self, network, x, steps=25, sampler="dpm", generator=None, film=None):
+    def sample(self, network, x, steps=25, sampler="dpm", noise=None, film=None):
         """Turns noise x (B, C, S, S) into pictures.
 
         network(x_t, t) -> output, already guided; sampler: "ddpm" (ancestral), "ddim" (Song et al. 2021, eta 0) or "dpm" (DPM-Solver++
-        2M, Lu et al. 2022); film: a list that gets the predicted x_0 of every step.
+        2M, Lu et al. 2022); noise(): fresh noise like x, for ddpm; film: a list that gets the predicted x_0 of every step.
         """
         if sampler not in ("ddpm", "ddim", "dpm"):
             raise UserError(f"--sampler {sampler}: choose ddpm, ddim or dpm")
@@ -376,8 +387,7 @@ class Diffusion:
                 x = x_0
             elif sampler == "ddpm":
                 mean, variance = self.posterior(x_0, x, t, r)
-                noise = torch.randn(x.shape, generator=generator, device=x.device)
-                x = (mean + variance.sqrt() * noise).to(x_0.dtype)
+                x = (mean + variance.sqrt() * noise()).to(x_0.dtype)
             elif sampler == "ddim":
                 x = a_r * x_0 + s_r * eps
             else:
@@ -389,20 +399,20 @@ class Diffusion:
         return x
 
 
-def guided(model, text, mask, null, null_mask, w):
+def guided(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
     """network(x, t) for `Diffusion.sample` with classifier-free guidance, uncond + w (cond - uncond), in one doubled batch.
 
     text (B, L, D) and mask (B, L) of the prompts; null (1, L, D) of the empty (or negative) prompt. The caption blocks run here, once.
+    interval: guide only where t / T lies in it (Kynkaanniemi et al. 2024); elsewhere the conditional model alone draws, at half the cost.
     """
     y = model.encode_text(text, mask)
-    if w == 1:
-        return lambda x, t: model.denoise(x, t, y, mask)
-    b = len(text)
-    y = torch.cat([y, model.encode_text(null, null_mask).expand(b, -1, -1)])
-    mask = torch.cat([mask, null_mask.expand(b, -1)])
+    y_both = torch.cat([y, model.encode_text(null, null_mask).expand(len(text), -1, -1)])
+    mask_both = torch.cat([mask, null_mask.expand(len(text), -1)])
 
     def network(x, t):
-        cond, uncond = model.denoise(torch.cat([x, x]), torch.cat([t, t]), y, mask).float().chunk(2)
+        if w == 1 or not interval[0] <= t[0].item() / Diffusion.T <= interval[1]:
+            return model.denoise(x, t, y, mask)
+        cond, uncond = model.denoise(torch.cat([x, x]), torch.cat([t, t]), y_both, mask_both).float().chunk(2)
         return uncond + w * (cond - uncond)
     return network
 
@@ -410,51 +420,105 @@ def guided(model, text, mask, null, null_mask, w):
 # ----------------------------------------------------------------------------------------------------------------- drawing
 class Painter:
     """A network with all it needs to draw: what `sample.py`, `eval.py` and the other methods work with."""
-    def __init__(self, model, encoder, settings, folder, device, precision):
+    def __init__(self, model, encoder, settings, folder, device, precision, autoencoder=None):
         self.model, self.encoder, self.settings, self.folder, self.device, self.precision = model, encoder, settings, folder, device, precision
-        self.diffusion = Diffusion(settings.schedule, settings.target, settings.clip_x0)
+        self.diffusion, self.autoencoder = Diffusion(settings.schedule, settings.target, settings.clip_x0), autoencoder
+        self.side = settings.size * (autoencoder.factor if autoencoder else 1)                        # of the pictures, in pixels
 
     @torch.no_grad()
-    def draw(self, prompts, steps=25, guidance=3.0, sampler="dpm", negative="", seed=0, batch=256, progress=False, film=None):
-        """Pictures for prompts: numpy uint8 (len(prompts), S, S, 3).
+    def draw(self, prompts, steps=25, guidance=3.0, interval=(0.0, 1.0), sampler="dpm", negative="", seed=0, first=0, batch=256,
+             progress=False, film=None):
+        """Pictures for prompts: numpy uint8 (len(prompts), H, W, 3).
 
-        Picture i starts from noise that depends on the seed and on i alone, so that two models can be compared picture by picture.
-        film: a list that gets, for every step, the pictures (uint8) that the network then believes in.
+        Picture i has noise of its own, which depends on the seed and on first + i alone, so that two models can be compared picture by
+        picture and a long list drawn in parts. film: a list that gets, for every step, the pictures (uint8) that the network then believes in.
         """
         s, pictures, films = self.settings, [], []
-        if s.channels != 3:
-            raise UserError("this run draws latents, and the autoencoder that turns them into pictures is not part of the project yet")
         null, null_mask = self.encoder([negative])
         bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=not progress)
         for start in range(0, len(prompts), batch):
             some = prompts[start:start + batch]
-            noise = torch.stack([torch.randn(s.channels, s.size, s.size, generator=torch.Generator().manual_seed(seed * 10**9 + start + i))
-                                 for i in range(len(some))]).to(self.device)
+            generators = [torch.Generator().manual_seed(seed * 10**9 + first + start + i) for i in range(len(some))]
+
+            def noise(generators=generators):
+                return torch.stack([torch.randn(s.channels, s.size, s.size, generator=g) for g in generators]).to(self.device)
             seen = None if film is None else []
             text, mask = self.encoder(some)
             with common.autocast(self.device, self.precision):
-                network = guided(self.model, text, mask, null, null_mask, guidance)
-                generator = torch.Generator(self.device).manual_seed(seed * 10**9 + start)
-                pictures.append(common.to_uint8(self.diffusion.sample(network, noise, steps, sampler, generator, seen)))
-            films.append([common.to_uint8(x_0) for x_0 in seen or []])
+                network = guided(self.model, text, mask, null, null_mask, guidance, interval)
+                pictures.append(self.to_pictures(self.diffusion.sample(network, noise(), steps, sampler, noise, seen)))
+                films.append([self.to_pictures(x_0) for x_0 in seen or []])
             bar.update(len(some))
+        bar.close()
         if film is not None:
             film += [np.concatenate(step) for step in zip(*films)]
         return np.concatenate(pictures)
+
+    def to_pictures(self, x_0):
+        """What the network draws (B, C, S, S) as uint8 pictures (B, H, W, 3); latents are decoded, a few at a time."""
+        if self.autoencoder is None:
+            return common.to_uint8(x_0)
+        return np.concatenate([common.to_uint8(self.autoencoder.decode(z / self.settings.latent_scale)) for z in x_0.split(16)])
+
+    def to_x_0(self, pictures, noise=None):
+        """Pictures of a data set as the network sees them, x_0 (B, C, S, S).
+
+        pictures: what `data` gives, uint8 (B, 3, S, S); or moments of latents, float16 (B, 2, C, S, S), with noise (B, C, S, S).
+        """
+        pictures = pictures.to(self.device, non_blocking=True)
+        return common.to_float(pictures) if self.autoencoder is None else self.settings.latent_scale * draw_latents(pictures, noise)
+
+    def data(self, folder, split, latents="data/latents"):
+        """The captioned pictures of a split, of which `to_x_0` makes what the network sees; latents are computed once, into a folder."""
+        if self.autoencoder is None:
+            return common.CaptionedImages(folder, split, self.settings.size)
+        return Latents(folder, split, self.side, self.autoencoder, self.settings.autoencoder, latents, self.device, self.precision)
+
+
+def load_autoencoder(s, device):
+    """The autoencoder that the settings name, or None for a network that sees pixels. Raises UserError if it does not fit."""
+    if not s.autoencoder:
+        if s.channels != 3:
+            raise UserError(f"--channels {s.channels}: latents need --autoencoder, a file or folder of the Stable Diffusion autoencoder; "
+                            "--channels 3 sees pixels")
+        return None
+    model = autoencoder.load(s.autoencoder, device)
+    if model.channels != s.channels:
+        raise UserError(f"--autoencoder {s.autoencoder} has latents of {model.channels} channels: give --channels {model.channels}")
+    return model
 
 
 def load(path, device, precision):
     """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""
     path = Path(path)
     folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
-    s = common.read_settings(Settings, folder)
+    return make_painter(common.read_settings(Settings, folder), common.load_tensors(weights), weights, folder, device, precision)
+
+
+def load_published(weights, autoencoder, clip, device, precision):
+    """The painter of a published U-ViT for text (mscoco_uvit_small.pth, mscoco_uvit_small_deep.pth). The sizes are read off its tensors."""
+    tensors, clip = common.read_weights(weights, "--weights"), clip or PRESETS["coco"]["clip"]
+    try:
+        dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+        text_dim, tokens = tensors["context_embed.weight"].shape[1], tensors["pos_embed"].shape[1]
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"--weights {weights} is no U-ViT for text (no context_embed, patch_embed or pos_embed as it should be)") from None
+    length = common.TextEncoder(clip).length
+    s = Settings(**PRESETS["coco"] | dict(
+        size=patch * math.isqrt(max(1, tokens - 1 - length)), channels=channels, text_dim=text_dim, text_length=length, patch=patch, dim=dim,
+        depth=2 * len({name.split(".")[1] for name in tensors if name.startswith("in_blocks.")}), heads=max(1, dim // 64),
+        image_blocks=0, caption_blocks=0, autoencoder=autoencoder or "", clip=clip))
+    return make_painter(s, tensors, weights, Path("runs") / Path(weights).stem, device, precision)
+
+
+def make_painter(s, tensors, weights, folder, device, precision):
     model = UViT(s).to(device).eval().requires_grad_(False)
-    common.load_into(model, common.load_tensors(weights), weights)
+    common.load_into(model, tensors, weights)
     encoder = common.TextEncoder(s.clip, device)
     if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
         raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
                         "put back the text encoder that it was trained with")
-    return Painter(model, encoder, s, folder, device, precision)
+    return Painter(model, encoder, s, folder, device, precision, load_autoencoder(s, device))
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -476,27 +540,40 @@ def make_optimizers(model, s):
     return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
 
 
-def train(s, data, folder, device, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False):
+def train(s, data, folder, device, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False,
+          rank=0, ranks=1, accumulate=1, compiled=False, recompute=False, latents="data/latents"):
     """Trains a U-ViT on the captioned pictures in `data` and fills the run folder; returns its painter (EMA weights).
 
     What step n does depends on the settings and on n alone, so a resumed run equals an uninterrupted one, bit for bit on the CPU.
     watch: on the toy world, look now and then how many captions it gets right, and keep early.safetensors where that is nearest a half.
+    rank, ranks: this process's part of a training by torchrun: each takes its share of every batch, gradients are averaged, rank 0 writes.
+    accumulate: parts that a share is worked through in, to save memory; recompute: activation checkpointing; compiled: torch.compile;
+    latents: folder that keeps the latents of the pictures.
     """
     import eval as grade  # here, since eval.py imports this file
-    folder = Path(folder)
-    dataset, encoder = common.CaptionedImages(data, "train", s.size), common.TextEncoder(s.clip, device)
+    folder, share = Path(folder), s.batch // ranks // accumulate
+    if share * ranks * accumulate != s.batch:
+        raise UserError(f"--batch {s.batch} cannot be shared by {ranks} processes x {accumulate} parts: choose a multiple of {ranks * accumulate}")
+    encoder = common.TextEncoder(s.clip, device)
     s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
-    if s.channels != 3:
-        raise UserError(f"--channels {s.channels}: the network would see latents, whose autoencoder is not part of the project yet; "
-                        "add --channels 3 to train on pixels")
     torch.manual_seed(s.seed)
     model = UViT(s).to(device)
+    if s.init not in ("fan_in", "published"):
+        tensors = common.read_weights(s.init, "--init")
+        new = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("caption_blocks.") and name not in tensors}
+        common.load_into(model, new | tensors, s.init)                  # published weights have no caption blocks: those begin as they are
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    model.recompute = recompute
     optimizers = make_optimizers(model, s)
-    painter = Painter(ema, encoder, s, folder, device, precision)
-    state = common.open_run(folder, s, resume, overwrite)
+    painter = Painter(ema, encoder, s, folder, device, precision, load_autoencoder(s, device))
+    with common.rank_0_first(rank, ranks):
+        dataset = painter.data(data, "train", latents)
+    state = common.open_run(folder, s, resume, overwrite) if not rank else None
+    if ranks > 1 and resume:
+        torch.distributed.barrier()
+        state = state or common.open_run(folder, s, resume, overwrite)
     start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
-    watch = watch and "scene" in dataset.items[0][2]
+    watch = watch and not rank and "scene" in dataset.items[0][2]
     if state:
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -506,26 +583,39 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
         if state["precision"] != str(precision):
             raise UserError(f"--resume: {folder}/ was trained in {state['precision'][6:]}, now it would be in {str(precision)[6:]}: "
                             "name it with --precision")
-    metrics = common.Metrics(folder, ["step", "loss", "lr", "all"], start)
+    network = torch.compile(model) if compiled else model
+    if ranks > 1:
+        network = nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    metrics = common.Metrics(folder, ["step", "loss", "lr", "all"], start) if not rank else None
     broken, generator = common.BrokenPictures(len(dataset)), torch.Generator(device)
+    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, workers, rank, ranks)
     losses, step, stop = [], start, False
 
-    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step") as progress:
-        for step, (pictures, captions, unread) in enumerate(common.batches(dataset, s.batch, start, s.steps, s.seed, workers), start + 1):
+    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step", disable=rank > 0) as progress:
+        for step, (pictures, captions, unread) in enumerate(loader, start + 1):
             broken.add(unread)
             generator.manual_seed(s.seed * 10**9 + step)
             for group, highest in zip((group for optimizer in optimizers for group in optimizer.param_groups), (s.lr, s.muon_lr)):
                 group["lr"] = highest * learning_rate(s, step)
-            # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
-            dropped = torch.rand(len(captions), generator=generator, device=device) < s.drop
-            text, mask = encoder(["" if d else caption for d, caption in zip(dropped.tolist(), captions)])
-            x_0 = common.to_float(pictures.to(device, non_blocking=True))
-            t = 1 + (Diffusion.T * torch.rand(len(x_0), generator=generator, device=device)**s.time_power).long().clamp(max=Diffusion.T - 1)
-            eps = torch.randn(x_0.shape, generator=generator, device=device)
-            with common.autocast(device, precision):
-                loss = painter.diffusion.loss(functools.partial(model, text=text, mask=mask), x_0, t, eps)
+            # every rank draws the noise of the whole batch and takes its share, so that their number does not change the training
+            draw = functools.partial(torch.rand, s.batch, generator=generator, device=device)
+            dropped, time_u = draw() < s.drop, draw()
+            eps = torch.randn(s.batch, s.channels, s.size, s.size, generator=generator, device=device)
+            latent_eps = torch.randn(eps.shape, generator=generator, device=device) if painter.autoencoder else None
+            t = 1 + (Diffusion.T * time_u**s.time_power).long().clamp(max=Diffusion.T - 1)
             model.zero_grad()
-            loss.backward()
+            for part in range(accumulate):
+                here = slice(part * share, (part + 1) * share)                                     # of this rank's share
+                there = slice((rank * accumulate + part) * share, (rank * accumulate + part + 1) * share)     # of the batch
+                # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
+                text, mask = encoder(["" if d else caption for d, caption in zip(dropped[there].tolist(), captions[here])])
+                x_0 = painter.to_x_0(pictures[here], None if latent_eps is None else latent_eps[there])
+                last = part == accumulate - 1
+                with contextlib.nullcontext() if last or ranks == 1 else network.no_sync():        # gradients are averaged once a step
+                    with common.autocast(device, precision):
+                        loss = painter.diffusion.loss(functools.partial(network, text=text, mask=mask), x_0, t[there], eps[there])
+                    (loss / accumulate).backward()
+                losses.append(loss.detach())
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
             for optimizer in optimizers:
@@ -533,7 +623,6 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
             # the average follows closely at first, when the weights still change fast
             decay = min(s.ema, step / (step + 10))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            losses.append(loss.detach())
             progress.update()
 
             all_right = ""
@@ -543,16 +632,17 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
                     halfway = abs(all_right - 50)
                     common.save_tensors(ema.state_dict(), folder / "early.safetensors")
                 watch = all_right < 65
-            stop = interrupt.asked
-            save = step % save_every == 0 or step == s.steps or stop
-            if step % 20 == 0 or save or all_right:
-                mean = torch.stack(losses).mean().item()
+            due = step % save_every == 0 or step == s.steps
+            if step % 20 == 0 or due or all_right or interrupt.asked and ranks == 1:
+                # all ranks stop at the same step: a Ctrl-C may reach them at different ones
+                mean, asked = common.over_ranks([torch.stack(losses).mean().item(), float(interrupt.asked)], device, ranks)
+                stop, losses = asked > 0, []
                 if not math.isfinite(mean):
                     raise UserError(f"the loss is {mean} at step {step}; the last checkpoint stays as it was: try a lower --lr, or --precision fp32")
-                metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
-                progress.set_postfix(loss=f"{mean:.4f}")
-                losses = []
-            if save:
+                if not rank:
+                    metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
+                    progress.set_postfix(loss=f"{mean:.4f}")
+            if (due or stop) and not rank:
                 common.save_tensors(ema.state_dict(), folder / "model.safetensors")
                 common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
                                            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -594,7 +684,11 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
     parser.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--workers", type=int, choices=range(65), metavar="N",
-                        help="processes that read pictures (default: none for small pictures, else one a core)")
+                        help="processes that read pictures (default: none for small pictures and latents, else one a core)")
+    parser.add_argument("--latents", default="data/latents", help="folder that keeps the latents of the pictures (default %(default)s)")
+    parser.add_argument("--accumulate", type=common.positive, default=1, help="parts that a batch is worked through in (default %(default)s)")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, a third more work")
+    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler on CPUs)")
     common.add_machine_flags(parser)
     common.add_setting_flags(parser.add_argument_group("settings"), Settings)
     args = parser.parse_args()
@@ -605,9 +699,9 @@ def main():
     import toy
     if args.analyse:
         painter = common.load_run(args.run, args.device, args.precision)
-        grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.settings.size), painter.folder)
+        grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.side), painter.folder)
         return
-    s, device = common.make_settings(Settings, PRESETS, args), common.pick_device(args.device)
+    s, (device, rank, ranks) = common.make_settings(Settings, PRESETS, args), common.join_ranks(args.device)
     precision = common.pick_precision(args.precision, device)
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=min(s.steps, 200), warmup=min(s.warmup, 40)), min(args.samples, 256)
@@ -616,11 +710,19 @@ def main():
         grade.compare(s, toy.prepare(s.data, s.clip, s.size), folder, device, precision, args.seeds, args.samples)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
-    common.check_run(folder, args.resume, args.overwrite)
-    data = toy.prepare(s.data, s.clip, s.size)
-    validation = common.CaptionedImages(data, "val", s.size)
-    print(f"{s.steps} steps of {s.batch} pictures on {device} in {str(precision)[6:]}, into {folder}/")
-    painter = train(s, data, folder, device, precision, args.resume, args.overwrite, args.workers, args.save_every, watch=not args.quick)
+    if not rank:
+        common.check_run(folder, args.resume, args.overwrite)
+    with common.rank_0_first(rank, ranks):
+        data = toy.prepare(s.data, s.clip, s.size * (8 if s.autoencoder else 1))
+    if args.preset != "toy":
+        print(f"preset {args.preset}: {', '.join(f'{name} {value}' for name, value in dataclasses.asdict(s).items() if value != '')}")
+    print(f"{s.steps} steps of {s.batch} pictures on {device}{f' x {ranks}' * (ranks > 1)} in {str(precision)[6:]}, into {folder}/")
+    with common.together(rank, ranks):
+        painter = train(s, data, folder, device, precision, args.resume, args.overwrite, args.workers, args.save_every, not args.quick,
+                        rank, ranks, args.accumulate, args.compile, args.recompute, args.latents)
+    if rank:
+        return
+    validation = common.CaptionedImages(data, "val", painter.side)
     captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(validation.items[:24])]
     common.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
     print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
