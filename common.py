@@ -739,8 +739,9 @@ def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
         py = bottom - (bottom - top) * i / 4
         draw.line((left, py, right, py), fill="#dddddd")
         draw.text((left - 6, py), f"{10**y if log else y:.3g}", fill="black", font=face, anchor="rm")
-        x = x0 + (x1 - x0) * i / 4
-        draw.text((left + (right - left) * i / 4, bottom + 4), f"{x:g}" if x1 - x0 < 20 else f"{x:.0f}", fill="black", font=face, anchor="ma")
+    few = sorted(set(xs)) if len(set(xs)) <= 9 else [x0 + (x1 - x0) * i / 4 for i in range(5)]      # whole curves: even ticks
+    for x in few:
+        draw.text((left + (x - x0) / (x1 - x0) * (right - left), bottom + 4), f"{x:.0f}", fill="black", font=face, anchor="ma")
     draw.text(((left + right) / 2, size[1] - 18), x_label, fill="black", font=face, anchor="ma")
     draw.text((left, 2), y_label, fill="black", font=face)
     for i, (name, curve) in enumerate(curves.items()):

@@ -3,6 +3,7 @@
     python eval.py                                       # held-out captions drawn by runs/uvit_fusion and graded by the exact judge
     python eval.py --run runs/uvit_fusion/early.safetensors --samples 512
     python eval.py --quality                             # CLIP score, CMMD and (--inception FILE) FID; in the toy world, its own like of them
+    python eval.py --steps-curve                         # accuracy against the number of sampling steps, for the three samplers
     python eval.py --cost                                # parameters, GFLOPs and milliseconds, at the sizes "toy" and "coco", side by side
 
 The table is printed and its figures are written to results.json in the run folder (`--cost`: runs/cost/).
@@ -74,6 +75,20 @@ def alignment(painter, data, samples=2048, sampling=None, batch=256, progress=Tr
 def alignment_rows(figures, table):
     """The figures as rows of a table, each with its interval."""
     return [["held-out captions", "right, %", "+-"], *([label, figures[name], 100 * interval(table[name])] for name, label in ROWS.items())]
+
+
+def steps_curve(painter, data, samples, sampling, folder):
+    """Accuracy against the number of sampling steps for the three samplers, as a table and a picture, <folder>/steps.png."""
+    numbers, curves = (5, 10, 15, 25, 50, 100), {}
+    for sampler in ("ddpm", "ddim", "dpm"):
+        for steps in numbers:
+            figures, _ = alignment(painter, data, samples, sampling | {"sampler": sampler, "steps": steps})
+            curves.setdefault(sampler, []).append((steps, figures["all"]))
+    rows = [["all right, %, after", *(f"{steps} steps" for steps in numbers)]]
+    rows += [[sampler, *(right for _, right in curve)] for sampler, curve in curves.items()]
+    common.print_table(rows, f"{painter.folder}: {samples} held-out captions, +- {196 * (0.9 * 0.1 / samples)**0.5:.0f} where 90 % are right")
+    common.plot(curves, folder / "steps.png", "network evaluations a picture", "held-out captions all right, %")
+    print(f"as a picture: {folder / 'steps.png'}")
 
 
 # --------------------------------------------------------------------------------------------------------- picture quality
@@ -527,6 +542,7 @@ def main():
     parser.add_argument("--data", help="data to take the captions from (default: what the run was trained on)")
     parser.add_argument("--samples", type=common.positive,
                         help="captions to draw and grade (default 2048; --quality: 30 000, or all held-out captions if they are fewer)")
+    parser.add_argument("--steps-curve", action="store_true", help="accuracy against sampling steps for the three samplers, instead (512 samples)")
     parser.add_argument("--cost", action="store_true", help="measure what early and intermediate fusion cost, instead")
     parser.add_argument("--batch", type=common.positive, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
     looks = parser.add_argument_group("picture quality")
@@ -542,7 +558,10 @@ def main():
         cost(device, common.pick_precision(args.precision, device), args.batch)
         return
     painter = common.load_painter(args)
-    data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.settings.size)
+    data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.side)
+    if args.steps_curve:
+        steps_curve(painter, data, args.samples or 512, common.sampling(args), painter.folder)
+        return
     how = f"{args.sample_steps} steps of {args.sampler}, guidance {args.guidance:g}"
     if args.quality:
         weights = Path(args.weights or args.run)

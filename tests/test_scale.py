@@ -204,7 +204,7 @@ def test_ranks_share_every_batch():
 # ---------------------------------------------------------------------------------------------------------------- sampling
 def test_guidance_interval_guides_inside_and_spares_half_of_the_work_outside():
     torch.manual_seed(0)
-    s = Settings(size=8, dim=32, depth=4, heads=2, image_blocks=1, text_dim=16, text_length=5)
+    s = Settings(size=8, dim=32, depth=4, heads=2, image_blocks=1, text_dim=16, text_length=5, init="published")
     model, text, mask = UViT(s), torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool)
     x, sizes, inner = torch.randn(2, 3, 8, 8), [], model.denoise
 
