@@ -250,13 +250,13 @@ class Latents(common.CaptionedImages):
     """Captioned pictures whose latents were computed once: `picture(i)` gives (2, channels, S/f, S/f) float16, mean and log-variance.
 
     root, split: as for CaptionedImages. size: side of the pictures in pixels, a multiple of the autoencoder's factor f. autoencoder: what
-    `load(path)` gave, on `device`; it encodes in `precision`, `batch` pictures at a time.
+    `load(path)` gave, on `device`; it encodes in float32, `batch` pictures at a time.
     The first opening fills <folder>/<name of root>-<split>-<size>/: latents.npy, (N, 2, channels, S/f, S/f) float16, and latents.json, which
     says what they were made from and how far it got; one that was interrupted goes on there. Data that was moved is still the same data.
     Raises UserError if the folder holds latents of something else or a damaged file, if the disk is too small, or if more than 1 % of
     the pictures cannot be read.
     """
-    def __init__(self, root, split, size, autoencoder, path, folder="data/latents", device="cpu", precision=torch.float32, batch=16):
+    def __init__(self, root, split, size, autoencoder, path, folder="data/latents", device="cpu", batch=16):
         if size % autoencoder.factor:
             raise UserError(f"pictures of {size} x {size} pixels do not fit the autoencoder: choose a multiple of {autoencoder.factor}")
         super().__init__(root, split, size)
@@ -277,11 +277,11 @@ class Latents(common.CaptionedImages):
                 raise UserError(f"{self.folder}/ holds latents of something else (other {', '.join(other)}): "
                                 "delete it, or name another folder with --latents")
         if self.state["done"] < len(self):
-            self.fill(autoencoder, torch.device(device), precision, batch)
+            self.fill(autoencoder, torch.device(device), batch)
         self.broken, self.rows = set(self.state["broken"]), self.open("r")
 
     @torch.no_grad()
-    def fill(self, autoencoder, device, precision, batch):
+    def fill(self, autoencoder, device, batch):
         """Fills the rows that are not done yet."""
         state, needed = self.state, 2 * math.prod(self.shape)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -302,8 +302,7 @@ class Latents(common.CaptionedImages):
         try:
             with tqdm(total=len(self), initial=state["done"], desc=f"encoding into {self.folder}/", unit="picture") as progress:
                 for n, (pictures, unread) in enumerate(loader, 1):
-                    with common.autocast(device, precision):
-                        moments = torch.stack(autoencoder.encode(common.to_float(pictures.to(device))), dim=1)
+                    moments = torch.stack(autoencoder.encode(common.to_float(pictures.to(device))), dim=1)
                     stop = state["done"] + len(pictures)
                     rows[state["done"]:stop] = moments.half().cpu().numpy()
                     state |= {"done": stop, "broken": state["broken"] + [i for i in range(state["done"], stop) if paths[i] in unread]}

@@ -11,23 +11,18 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import importlib
 import json
-import math
 import os
 import pickle
-import platform
 import random
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -40,14 +35,73 @@ class UserError(Exception):
 
 
 def entry(main):
-    """Runs a script's main(): a `UserError`, or a file that cannot be written, ends it with one line and status 2, Ctrl-C with status 130."""
+    """Runs a script's main(): a `UserError`, a file that cannot be written, or too little memory ends it with one line and status 2.
+
+    Of several processes that train together only the first to fail speaks: the others fail because of it. Ctrl-C ends with status 130.
+    """
     try:
-        main()
-    except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except (UserError, OSError) as error:
+        reason = error
+    except torch.OutOfMemoryError:
+        reason = "the GPU has too little memory: a smaller --batch, or with --train --accumulate 2 (4, 8, ...) or --recompute, takes less"
+    except RuntimeError as error:
+        if not Ranks.store or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        reason = "another of the processes has ended, so this one ends too; the last checkpoint is whole: go on with --resume"
+    with contextlib.suppress(RuntimeError):                                   # the store may be gone
+        if Ranks.store and Ranks.store.add("failed", 1) > 1:
+            sys.exit(2)
+    print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Ranks:
+    """The processes that torchrun started to train together: this one is `rank` of `count`. Without torchrun it is 0 of 1.
+
+    device: as the flag names it; each process gets a GPU of its own. Only rank 0 prints to standard output.
+    """
+    store = None
+
+    def __init__(self, device="auto"):
+        self.rank, self.count, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if self.count > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            if local >= torch.cuda.device_count():
+                raise UserError(f"torchrun --nproc_per_node asks for more processes than the {torch.cuda.device_count()} GPUs of this machine")
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
+        self.device = pick_device(device)
+        if self.count > 1:
+            Ranks.store, _, _ = next(torch.distributed.rendezvous("env://"))
+            # the others wait while rank 0 prepares data, grades or encodes a data set, which may take hours
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=Ranks.store, rank=self.rank,
+                                                 world_size=self.count, timeout=datetime.timedelta(hours=24))
+            if self.rank:
+                sys.stdout = open(os.devnull, "w")
+
+    @contextlib.contextmanager
+    def first(self):
+        """What is inside is done by rank 0, then by the others, which find on disk what it left."""
+        if self.rank:
+            torch.distributed.barrier()
+        yield
+        if self.count > 1 and not self.rank:
+            torch.distributed.barrier()
+
+    def precision(self, name):
+        """`pick_precision` by rank 0 alone: probing all at once, they could come to different answers."""
+        fast = 0.0 if self.rank else float(pick_precision(name, self.device) == torch.bfloat16)
+        return torch.bfloat16 if self.mean([fast])[0] > 0 else torch.float32
+
+    def mean(self, values):
+        """Means over the ranks of a list of numbers."""
+        if self.count == 1:
+            return values
+        values = torch.tensor(values, device=self.device)
+        torch.distributed.all_reduce(values)
+        return (values / self.count).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------- captioned pictures
@@ -126,8 +180,8 @@ class CaptionedImages(torch.utils.data.Dataset):
     """Pictures and captions of a folder: COCO 2014 or 2017, or pictures with a .txt beside each.
 
     root: the folder; split: "train" or "val"; size: pixels of the square pictures.
-    `self[i, draw]` -> (picture uint8 (3, S, S), one of its captions, path of a broken picture or ""). `draw` is an integer that decides
-    which caption; the same pair always gives the same item, in whichever process. A broken picture is replaced by another, drawn with `draw`.
+    `self[i, draw]` -> (picture uint8 (3, S, S), one of its captions, paths of broken pictures). `draw` is an integer that decides which
+    caption; the same pair always gives the same item, in whichever process. A broken picture is replaced by another, drawn with `draw`.
     Raises UserError for a folder that is not as described, and when no picture is left.
     """
     def __init__(self, root, split, size):
@@ -155,14 +209,14 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         i, draw = index
-        rng, broken = random.Random(draw), ""
+        rng, broken = random.Random(draw), []
         for _ in range(20):
             try:
                 return self.picture(i), rng.choice(self.items[i][1]), broken
             except BROKEN:
-                broken = str(self.items[i][0])
+                broken.append(str(self.items[i][0]))
                 i = rng.randrange(len(self))
-        raise UserError(f"twenty pictures in a row could not be read, the last one {broken}: is the folder damaged?")
+        return None, "", broken                        # `BrokenPictures` raises: from a worker process it would be a long traceback
 
 
 class Draws:
@@ -192,17 +246,20 @@ class Draws:
 def collate(items):
     """A list of items of `CaptionedImages` as one batch."""
     pictures, texts, broken = zip(*items)
-    return torch.stack(pictures), list(texts), [path for path in broken if path]
+    broken = [path for paths in broken for path in paths]
+    return None if any(picture is None for picture in pictures) else torch.stack(pictures), list(texts), broken
 
 
-def batches(dataset, batch, start, stop, seed, workers=None, rank=0, ranks=1):
+def batches(dataset, batch, start, stop, seed, workers=None, ranks=None):
     """A loader of (pictures uint8 (B, 3, S, S), list of captions, list of broken paths), one item a step.
 
     workers: processes that decode; None chooses none where the pictures are kept in memory, else one a core, eight at most.
+    ranks: `Ranks`, of which this one gets its share of each batch.
     """
+    rank, count = (ranks.rank, ranks.count) if ranks else (0, 1)
     if workers is None:
-        workers = 0 if dataset.cache is not None else min(8, max(1, (os.cpu_count() or 1) // ranks))
-    return torch.utils.data.DataLoader(dataset, batch_sampler=Draws(len(dataset), batch, start, stop, seed, rank, ranks), collate_fn=collate,
+        workers = 0 if dataset.cache is not None else min(8, max(1, (os.cpu_count() or 1) // count))
+    return torch.utils.data.DataLoader(dataset, batch_sampler=Draws(len(dataset), batch, start, stop, seed, rank, count), collate_fn=collate,
                                        num_workers=workers, pin_memory=torch.cuda.is_available())
 
 
@@ -211,7 +268,8 @@ class BrokenPictures:
     def __init__(self, total):
         self.total, self.paths = total, set()
 
-    def add(self, paths):
+    def add(self, paths, pictures=True):
+        """Of a batch: the paths that could not be read, and its pictures, None if nothing could be found in the place of one."""
         for path in paths:
             if not self.paths:
                 print(f"\nwarning: {path} cannot be read; another picture takes its place (further ones are only counted)")
@@ -219,6 +277,8 @@ class BrokenPictures:
         if len(self.paths) > 0.01 * self.total:
             raise UserError(f"{len(self.paths)} of {self.total:,} pictures cannot be read, more than 1 % (one is {sorted(self.paths)[0]}): "
                             "mend or remove them")
+        if pictures is None:
+            raise UserError(f"twenty pictures in a row could not be read, the last one {paths[-1]}: is the folder damaged?")
 
 
 def to_float(pictures):
@@ -273,7 +333,8 @@ class TextEncoder:
                 print(f"\nwarning: a caption is longer than the {self.length} tokens that the text encoder reads; its end is cut off "
                       "(further ones are only counted)")
             self.cut += over
-        features = self.model(tokens.input_ids.to(self.device)).last_hidden_state
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):      # a large CLIP in fp32 would cost a GPU
+            features = self.model(tokens.input_ids.to(self.device)).last_hidden_state                   # as much as the whole training step
         return features.float(), tokens.attention_mask.bool().to(self.device)
 
 
@@ -286,57 +347,6 @@ def pick_device(name="auto"):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try --device cpu") from None
     return torch.device(name)
-
-
-def join_ranks(name="auto"):
-    """(device, rank, ranks): under torchrun this process is one of several that train together, else (device, 0, 1).
-
-    Ranks above 0 print nothing, so that each line appears once.
-    """
-    rank, ranks, local = (int(os.environ.get(variable, default)) for variable, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(name)
-    if ranks > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        # the others wait while rank 0 prepares data, grades or encodes a data set, which may take hours
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=24))
-        if rank:
-            sys.stdout = open(os.devnull, "w")
-    return device, rank, ranks
-
-
-@contextlib.contextmanager
-def rank_0_first(rank, ranks):
-    """What is inside is done by rank 0, then by the others, which find on disk what it left."""
-    if rank:
-        torch.distributed.barrier()
-    yield
-    if ranks > 1 and not rank:
-        torch.distributed.barrier()
-
-
-@contextlib.contextmanager
-def together(rank, ranks):
-    """What is inside is done by all ranks at once: when one of them is gone, the others end with one line (of rank 0, or of 1 if 0 is gone)."""
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            if rank > 1:
-                sys.exit(2)
-            raise UserError(f"another of the {ranks} processes has ended, so rank {rank} ends too; the last checkpoint is whole: "
-                            "go on with --resume") from None
-        raise
-
-
-def over_ranks(values, device, ranks):
-    """Means over the ranks of a list of numbers."""
-    if ranks == 1:
-        return values
-    values = torch.tensor(values, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
-    torch.distributed.all_reduce(values)
-    return (values / ranks).tolist()
 
 
 def synchronize(device):
@@ -433,39 +443,6 @@ def write_json(path, content):
     os.replace(unfinished, path)
 
 
-def machine():
-    """The machine's processor or GPU in words, for results.json."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def write_results(folder, figures):
-    """Adds figures (name -> number) to <folder>/results.json, with the commit, the machine and the command they come from."""
-    path = Path(folder) / "results.json"
-    commit = ""
-    with contextlib.suppress(OSError):                                  # no git
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    results = read_json(path) if path.exists() else {}
-    command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
-    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
-    write_json(path, results | figures | {"commit": commit, "machine": machine(), "command": command})
-
-
-def print_table(rows, title=""):
-    """Prints rows of equal length (the first is the heading) in columns; numbers to the right."""
-    rows = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    print(f"\n{title}" if title else "")
-    for n, row in enumerate(rows):
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
-        if n == 0:
-            print("  ".join("-" * width for width in widths))
-
-
 # ------------------------------------------------------------------------------------------------------- settings and flags
 def setting(default, text):
     """A field of a dataclass of settings, with the help text of its flag."""
@@ -517,62 +494,6 @@ def add_machine_flags(parser):
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto takes bf16 where a short probe finds it faster")
 
 
-def add_sampling_flags(parser):
-    parser.add_argument("--sample-steps", type=positive, default=25, help="network evaluations a picture, guidance not counted (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="w in uncond + w (cond - uncond); 1: the conditional model (default %(default)s)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="guide only where t / T is within (default: everywhere); outside, a step costs half")
-    parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
-    parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
-    parser.add_argument("--noise-seed", type=int, choices=range(10**6), metavar="N", default=0,
-                        help="seed of the noise that pictures start from (default %(default)s)")
-
-
-def sampling(args):
-    """The keyword arguments of a painter's draw() from the flags above."""
-    return dict(steps=args.sample_steps, guidance=args.guidance, interval=tuple(args.guidance_interval), sampler=args.sampler,
-                negative=args.negative, seed=args.noise_seed)
-
-
-def add_run_flags(parser):
-    parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
-    parser.add_argument("--weights", help="published U-ViT weights (mscoco_uvit_small.pth, ...) in the place of a run")
-    parser.add_argument("--autoencoder", help="--weights: the Stable Diffusion autoencoder, a file or a folder of diffusers")
-    parser.add_argument("--clip", help="--weights: the text encoder (default openai/clip-vit-large-patch14)")
-    add_machine_flags(parser)
-
-
-def load_painter(args):
-    """The painter that the flags of `add_run_flags` name: of a run, or of published weights."""
-    if not args.weights:
-        if args.autoencoder or args.clip:
-            raise UserError("--autoencoder and --clip go with --weights: a run knows its own")
-        return load_run(args.run, args.device, args.precision)
-    device = pick_device(args.device)
-    load = importlib.import_module("uvit_fusion").load_published
-    return load(args.weights, args.autoencoder, args.clip, device, pick_precision(args.precision, device))
-
-
-def load_run(path, device="auto", precision="auto"):
-    """Loads a run folder, or a .safetensors file in one, by the method that its config.json names; returns the method's painter.
-
-    device, precision: as the flags name them.
-    """
-    path = Path(path)
-    folder = path.parent if path.suffix == ".safetensors" else path
-    if not (folder / "config.json").is_file():
-        raise UserError(f"there is no run in {folder}/ (no config.json): train one first, python uvit_fusion.py --train")
-    config = read_json(folder / "config.json")
-    method = config.get("method") if isinstance(config, dict) else None
-    if method not in METHODS:
-        raise UserError(f"{folder}/config.json names the method {method!r}; known are {', '.join(METHODS)}")
-    device = pick_device(device)
-    return importlib.import_module(method).load(path, device, pick_precision(precision, device))
-
-
-METHODS = ("uvit_fusion",)
-
-
 class Interrupt:
     """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second Ctrl-C ends it."""
     def __enter__(self):
@@ -592,7 +513,7 @@ class Interrupt:
 
 def check_run(folder, resume, overwrite):
     """Refuses to start a training over another by mistake."""
-    if (Path(folder) / "config.json").exists() and not resume and not overwrite:
+    if any((Path(folder) / name).exists() for name in ("state.pt", "model.safetensors")) and not resume and not overwrite:
         raise UserError(f"{folder}/ holds a run already: --resume to go on, --overwrite to start anew, --out for another folder")
 
 
@@ -652,105 +573,3 @@ class Metrics:
         """[(step, value), ...] of one column, for `plot`."""
         with open(self.path, newline="") as file:
             return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
-
-
-def peak_memory_mb():
-    """The most memory this process has held so far, in MB (nan where the system does not tell)."""
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-# -------------------------------------------------------------------------------------------------------------------- pictures
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "Helvetica.ttc",
-         "LiberationSans-Regular.ttf")
-
-
-def font(size=12, path=None):
-    """A font of the system that has accents, or the file that --font names, or Pillow's own."""
-    for name in [path] if path else FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    if path:
-        raise UserError(f"--font {path} is not a font file that can be read")
-    return ImageFont.load_default(size)
-
-
-def wrap(text, width, face):
-    """Breaks a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if face.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titles=None):
-    """Writes pictures, N of (H, W, 3) uint8, as a grid, each with its text below; `titles` stand at the left of the rows."""
-    n, h = len(pictures), len(pictures[0])
-    side = side or max(96, h)
-    columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
-    face = face or font(11)
-    gap, line = 8, 14
-    wrapped = [wrap(text, side, face) for text in texts]
-    below = max(map(len, wrapped)) * line + 4 if any(texts) else 0
-    heads = [wrap(title, 150, face) for title in titles or []]
-    left = max((face.getlength(part) for lines in heads for part in lines), default=-gap) + 2 * gap
-    rows = math.ceil(n / columns)
-    sheet = Image.new("RGB", (int(left) + columns * (side + gap), gap + rows * (side + below + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, lines) in enumerate(zip(pictures, wrapped)):
-        x, y = int(left) + i % columns * (side + gap), gap + i // columns * (side + below + gap)
-        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
-        for k, text in enumerate(lines):
-            draw.text((x, y + side + 2 + k * line), text, fill="black", font=face)
-    for row, lines in enumerate(heads):
-        for k, text in enumerate(lines):
-            draw.text((gap, gap + row * (side + below + gap) + side / 2 + (k - len(lines) / 2) * line), text, fill="black", font=face)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
-    """Draws curves {name: [(x, y), ...]} with axes and a legend."""
-    colours = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
-    curves = {name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)] for name, points in curves.items()}
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
-        return
-    scale = math.log10 if log else float
-    xs, ys = [p[0] for p in points], [scale(p[1]) for p in points]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
-    if not log and y0 >= 0:
-        y0 = 0
-    sheet = Image.new("RGB", size, "white")
-    draw, face = ImageDraw.Draw(sheet), font(11)
-    left, top, right, bottom = 64, 16, size[0] - 16, size[1] - 40
-
-    def at(x, y):
-        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (scale(y) - y0) / (y1 - y0) * (bottom - top)
-    for i in range(5):
-        y = y0 + (y1 - y0) * i / 4
-        py = bottom - (bottom - top) * i / 4
-        draw.line((left, py, right, py), fill="#dddddd")
-        draw.text((left - 6, py), f"{10**y if log else y:.3g}", fill="black", font=face, anchor="rm")
-    few = sorted(set(xs)) if len(set(xs)) <= 9 else [x0 + (x1 - x0) * i / 4 for i in range(5)]      # whole curves: even ticks
-    for x in few:
-        draw.text((left + (x - x0) / (x1 - x0) * (right - left), bottom + 4), f"{x:.0f}", fill="black", font=face, anchor="ma")
-    draw.text(((left + right) / 2, size[1] - 18), x_label, fill="black", font=face, anchor="ma")
-    draw.text((left, 2), y_label, fill="black", font=face)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = colours[i % len(colours)]
-        if len(curve) > 1:
-            draw.line([at(x, y) for x, y in curve], fill=colour, width=2)
-        for x, y in curve if len(curve) < 20 else []:
-            px, py = at(x, y)
-            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
-        draw.text((right - 6, top + 4 + 14 * i), name, fill=colour, font=face, anchor="ra")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)

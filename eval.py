@@ -15,7 +15,9 @@ import hashlib
 import itertools
 import math
 import os
+import platform
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -30,9 +32,54 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import common
+import sample
 import toy
 import uvit_fusion
 from common import UserError
+
+
+# --------------------------------------------------------------------------------------------------------------- results
+def machine():
+    """The machine's processor or GPU in words, for results.json."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def peak_memory_mb():
+    """The most memory this process has held so far, in MB (nan where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def write_results(folder, figures):
+    """Adds figures (name -> number) to <folder>/results.json, with the commit, the machine and the command they come from."""
+    path = Path(folder) / "results.json"
+    commit = ""
+    with contextlib.suppress(OSError):                                  # no git
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    results = common.read_json(path) if path.exists() else {}
+    command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
+    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    common.write_json(path, results | figures | {"commit": commit, "machine": machine(), "command": command})
+
+
+def print_table(rows, title=""):
+    """Prints rows of equal length (the first is the heading) in columns; numbers to the right."""
+    rows = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    print(f"\n{title}" if title else "")
+    for n, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))).rstrip())
+        if n == 0:
+            print("  ".join("-" * width for width in widths))
+
 
 # -------------------------------------------------------------------------------------------------------------- alignment
 ROWS = {"all": "all fields", "all_unseen": "  with an unseen triple", "count": "count", "colour": "colour", "shape": "shape", "relation": "relation"}
@@ -86,8 +133,8 @@ def steps_curve(painter, data, samples, sampling, folder):
             curves.setdefault(sampler, []).append((steps, figures["all"]))
     rows = [["all right, %, after", *(f"{steps} steps" for steps in numbers)]]
     rows += [[sampler, *(right for _, right in curve)] for sampler, curve in curves.items()]
-    common.print_table(rows, f"{painter.folder}: {samples} held-out captions, +- {196 * (0.9 * 0.1 / samples)**0.5:.0f} where 90 % are right")
-    common.plot(curves, folder / "steps.png", "network evaluations a picture", "held-out captions all right, %")
+    print_table(rows, f"{painter.folder}: {samples} held-out captions, +- {196 * (0.9 * 0.1 / samples)**0.5:.0f} where 90 % are right")
+    sample.plot(curves, folder / "steps.png", "network evaluations a picture", "held-out captions all right, %")
     print(f"as a picture: {folder / 'steps.png'}")
 
 
@@ -297,7 +344,7 @@ def quality(painter, data, weights, folder, samples=None, clip_model=None, incep
         places, broken = [(i, i) for i in range(first, len(pictures))], common.BrokenPictures(len(pictures))    # (i, i): with caption i of above
         workers = min(8, os.cpu_count() or 1) if len(pictures) > 5000 else 0
         for some, texts, unread in torch.utils.data.DataLoader(pictures, batch, sampler=places, collate_fn=common.collate, num_workers=workers):
-            broken.add(unread)
+            broken.add(unread, some)
             yield some.permute(0, 2, 3, 1), texts
 
     def measure(pictures, captions):                                           # columns: CLIP features, CLIP score, Inception features
@@ -405,7 +452,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10):
 def cost(device, precision, batch, folder="runs/cost"):
     """Early against intermediate fusion at both sizes, and a table over v and c at the paper's size."""
     peak = common.matmul_rate(device, precision, 4096, seconds=3)
-    print(f"measured matrix-product peak of {common.machine()} in {str(precision)[6:]}: {peak / 1e12:.2f} TFLOP/s")
+    print(f"measured matrix-product peak of {machine()} in {str(precision)[6:]}: {peak / 1e12:.2f} TFLOP/s")
     figures = {"peak_tflops": peak / 1e12}
     for preset, v, c, prefix in (("toy", 2, 2, "toy_"), ("coco", 5, 1, "")):
         base = uvit_fusion.Settings(**uvit_fusion.PRESETS[preset])
@@ -428,23 +475,31 @@ def cost(device, precision, batch, folder="runs/cost"):
             if name == "intermediate":
                 figures |= {f"{prefix}v": v, f"{prefix}c": c, f"{prefix}flops_saved_percent": saved, f"{prefix}step_speedup": faster,
                             f"{prefix}mfu_percent": mfu}
-        common.print_table(rows, f"preset {preset}, training batch {size}; a picture: 25 guided steps")
+        print_table(rows, f"preset {preset}, training batch {size}; a picture: 25 guided steps")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    common.write_results(folder, figures)
+    write_results(folder, figures)
 
 
 # ----------------------------------------------------------------------------------------------------- the paper's comparison
 T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t, 97.5 %, for the mean of so many values
 
 
-def compare(s, data, folder, device, precision, seeds, samples):
+VARIANTS = {
+    "early": dict(fusion="concat", image_blocks=0, caption_blocks=0),
+    "intermediate": dict(fusion="concat"),
+    "early_cross": dict(fusion="cross", image_blocks=0, caption_blocks=0),
+    "intermediate_cross": dict(fusion="cross"),
+}
+
+
+def compare(s, data, folder, ranks, precision, seeds, samples):
     """The paper's experiment in small: four variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
 
     A run that is finished is kept and an interrupted one goes on, so the command can be given again. Intervals are over seeds.
     """
     validation_prompts(data, s.size, 1)                              # refuses data that cannot be graded before anything is trained
-    folder, right, painters = Path(folder), {name: [] for name in uvit_fusion.VARIANTS}, {}
-    for seed, (name, change) in itertools.product(range(seeds), uvit_fusion.VARIANTS.items()):
+    folder, right, painters = Path(folder), {name: [] for name in VARIANTS}, {}
+    for seed, (name, change) in itertools.product(range(seeds), VARIANTS.items()):
         if seed and change["fusion"] == "cross":
             continue
         run, settings = folder / f"{name}-{seed}", dataclasses.replace(s, seed=seed, **change)
@@ -453,34 +508,34 @@ def compare(s, data, folder, device, precision, seeds, samples):
             common.check_settings(run, settings)
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
-            painter = uvit_fusion.train(settings, data, run, device, precision, resume=(run / "state.pt").exists(), overwrite=True)
+            painter = uvit_fusion.train(settings, data, run, ranks, precision, resume=(run / "state.pt").exists(), overwrite=True)
             figures, table = alignment(painter, data, samples)
-            common.print_table(alignment_rows(figures, table))
-            common.write_results(run, figures)
+            print_table(alignment_rows(figures, table))
+            write_results(run, figures)
             common.write_json(verdict, figures)
         right[name].append(common.read_json(verdict))
         if not seed:
-            painters[name] = uvit_fusion.load(run, device, precision)
+            painters[name] = uvit_fusion.load(run, ranks.device, precision)
 
     def mean_and_interval(values):
         spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
         return float(np.mean(values)), float(T_95.get(len(values), 2.571) * spread / len(values)**0.5)     # six or more: t of six, a little wide
-    cost = step_costs({name: painter.settings for name, painter in painters.items()}, device, precision)
+    cost = step_costs({name: painter.settings for name, painter in painters.items()}, ranks.device, precision)
     rows, figures = [["", "all right, %", "+-", "unseen", "count", "relation", "GFLOPs", "ms a step", "seeds"]], {}
     for name, runs in right.items():
         mean, half = mean_and_interval([run["all"] for run in runs])
         figures |= {f"{name}_all": mean, f"{name}_all_ci": half, f"{name}_gflops": cost[name]["gflops"], f"{name}_ms": cost[name]["ms"]}
         rows.append([name, mean, half, *(np.mean([run[f] for run in runs]) for f in ("all_unseen", "count", "relation")),
                      f"{cost[name]['gflops']:.3f}", cost[name]["ms"], len(runs)])
-    common.print_table(rows, f"Fusion variants after {s.steps} steps, {right['early'][0]['samples']} held-out captions each; intervals over seeds")
+    print_table(rows, f"Fusion variants after {s.steps} steps, {right['early'][0]['samples']} held-out captions each; intervals over seeds")
     difference = [b["all"] - a["all"] for a, b in zip(right["early"], right["intermediate"])]
     figures["difference"], figures["difference_ci"] = mean_and_interval(difference)
     print(f"intermediate - early, concatenation: {figures['difference']:+.1f} +- {figures['difference_ci']:.1f} points over {len(difference)} seeds")
-    common.write_results(folder, {name: value for name, value in figures.items() if not math.isnan(value)})
+    write_results(folder, {name: value for name, value in figures.items() if not math.isnan(value)})
     scenes, captions, _ = validation_prompts(data, s.size, 8)
     pictures = np.concatenate([painter.draw(captions) for painter in painters.values()])
     texts = [""] * len(captions) * (len(painters) - 1) + captions
-    common.picture_grid(pictures, texts, folder / "samples" / "variants.png", columns=len(captions), titles=list(painters))
+    sample.picture_grid(pictures, texts, folder / "samples" / "variants.png", columns=len(captions), titles=list(painters))
     print(f"the same captions and noise, a row a variant: {folder / 'samples' / 'variants.png'}")
 
 
@@ -527,18 +582,18 @@ def analyse(painter, data, folder, samples=64):
             rows.append([name, f"{np.mean(ranks[name]):.2f}", f"{interval(ranks[name]):.2f}", 100 * np.mean(shares[name])])
         else:
             rows.append([name, "no text", "", ""])
-    common.print_table(rows, f"Text-to-image attention of {painter.settings.fusion}, v = {s.image_blocks}, c = {s.caption_blocks}; "
+    print_table(rows, f"Text-to-image attention of {painter.settings.fusion}, v = {s.image_blocks}, c = {s.caption_blocks}; "
                              f"the rank could be {mask.sum(1).float().mean():.1f}, the mean number of tokens")
     curve = [(i, float(np.mean(ranks[name]))) for i, name in enumerate(names) if ranks[name]]
     share = [(i, 10 * float(np.mean(shares[name]))) for i, name in enumerate(names) if shares[name]]
-    common.plot({"effective rank": curve, "share of attention x 10": share}, folder / "attention_rank.png", "block", "text-to-image attention")
+    sample.plot({"effective rank": curve, "share of attention x 10": share}, folder / "attention_rank.png", "block", "text-to-image attention")
     print(f"as a picture: {folder / 'attention_rank.png'}")
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_run_flags(parser)
+    sample.add_run_flags(parser)
     parser.add_argument("--data", help="data to take the captions from (default: what the run was trained on)")
     parser.add_argument("--samples", type=common.positive,
                         help="captions to draw and grade (default 2048; --quality: 30 000, or all held-out captions if they are fewer)")
@@ -551,31 +606,31 @@ def main():
     looks.add_argument("--inception", help="TorchScript file such as inception-2015-12-05.pt, for FID; it brings code that is run: know its source")
     looks.add_argument("--reference", help="what to compare with: folder of pictures, or .npz of mu and sigma (default: the validation pictures)")
     looks.add_argument("--out", help="folder of results.json and quality/, the features (default: the run's; of a weights file: one beside it)")
-    common.add_sampling_flags(parser)
+    sample.add_sampling_flags(parser)
     args = parser.parse_args()
     if args.cost:
         device = common.pick_device(args.device)
         cost(device, common.pick_precision(args.precision, device), args.batch)
         return
-    painter = common.load_painter(args)
+    painter = sample.load_painter(args)
     data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.side)
     if args.steps_curve:
-        steps_curve(painter, data, args.samples or 512, common.sampling(args), painter.folder)
+        steps_curve(painter, data, args.samples or 512, sample.sampling(args), painter.folder)
         return
-    how = f"{args.sample_steps} steps of {args.sampler}, guidance {args.guidance:g}"
+    how = f"{args.sample_steps} steps of {args.sampler}, guidance {painter.settings.guidance if args.guidance is None else args.guidance:g}"
     if args.quality:
         weights = Path(args.weights or args.run)
         folder = Path(args.out or (painter.folder if args.weights or weights.is_dir() else weights.with_suffix("")))
         weights = weights / "model.safetensors" if weights.is_dir() else weights
-        figures = quality(painter, data, weights, folder, args.samples, args.clip_model, args.inception, args.reference, common.sampling(args))
-        common.print_table(quality_rows(figures), f"{weights}: {figures['quality_samples']:,} pictures, {how}; against {args.reference or data}; "
+        figures = quality(painter, data, weights, folder, args.samples, args.clip_model, args.inception, args.reference, sample.sampling(args))
+        print_table(quality_rows(figures), f"{weights}: {figures['quality_samples']:,} pictures, {how}; against {args.reference or data}; "
                                                   f"CLIP: {args.clip_model or painter.settings.clip}")
-        common.write_results(folder, figures)
+        write_results(folder, figures)
         return
-    figures, table = alignment(painter, data, args.samples or 2048, common.sampling(args))
-    common.print_table(alignment_rows(figures, table), f"{args.weights or args.run}: {figures['samples']} held-out captions, {how}")
+    figures, table = alignment(painter, data, args.samples or 2048, sample.sampling(args))
+    print_table(alignment_rows(figures, table), f"{args.weights or args.run}: {figures['samples']} held-out captions, {how}")
     if not args.weights and Path(args.run).suffix != ".safetensors":
-        common.write_results(args.run, figures)
+        write_results(args.run, figures)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Prompts to pictures, from any checkpoint of any method.
 
     python sample.py "two red circles above a blue square" "three green triangles"
-    python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --seed 1
+    python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
     echo "a yellow square" | python sample.py -
     python sample.py "a green train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth --guidance 2
     python sample.py "four purple discs" --film          # the denoising as a strip: what the network believes x_0 to be, step by step
@@ -9,15 +9,169 @@
 Writes one captioned grid, one file a picture with --singles, and prints where. The same seed gives the same pictures.
 """
 import argparse
+import contextlib
+import importlib
+import math
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import common
 from common import UserError
 
+# ----------------------------------------------------------------------------------------------------------- checkpoints
+METHODS = ("uvit_fusion",)
 
+
+def load_run(path, device="auto", precision="auto"):
+    """Loads a run folder, or a .safetensors file in one, by the method that its config.json names; returns the method's painter.
+
+    device, precision: as the flags name them.
+    """
+    path = Path(path)
+    folder = path.parent if path.suffix == ".safetensors" else path
+    if not (folder / "config.json").is_file():
+        raise UserError(f"there is no run in {folder}/ (no config.json): train one first, python uvit_fusion.py --train")
+    config = common.read_json(folder / "config.json")
+    method = config.get("method") if isinstance(config, dict) else None
+    if method not in METHODS:
+        raise UserError(f"{folder}/config.json names the method {method!r}; known are {', '.join(METHODS)}")
+    device = common.pick_device(device)
+    return importlib.import_module(method).load(path, device, common.pick_precision(precision, device))
+
+
+def add_run_flags(parser):
+    parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
+    parser.add_argument("--weights", help="published U-ViT weights (mscoco_uvit_small.pth, ...) in the place of a run")
+    parser.add_argument("--autoencoder", help="--weights: the Stable Diffusion autoencoder, a file or a folder of diffusers")
+    parser.add_argument("--clip", help="--weights: the text encoder (default openai/clip-vit-large-patch14)")
+    common.add_machine_flags(parser)
+
+
+def load_painter(args):
+    """The painter that the flags of `add_run_flags` name: of a run, or of published weights."""
+    if not args.weights:
+        if args.autoencoder or args.clip:
+            raise UserError("--autoencoder and --clip go with --weights: a run knows its own")
+        return load_run(args.run, args.device, args.precision)
+    device = common.pick_device(args.device)
+    load = importlib.import_module("uvit_fusion").load_published
+    return load(args.weights, args.autoencoder, args.clip, device, common.pick_precision(args.precision, device))
+
+
+def add_sampling_flags(parser):
+    parser.add_argument("--sample-steps", type=common.positive, default=25,
+                        help="network evaluations a picture, guidance not counted (default %(default)s)")
+    parser.add_argument("--guidance", type=float, help="w in uncond + w (cond - uncond); 1: the conditional model (default: the run's, 3 or 2)")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+                        help="guide only where t / T is within (default: everywhere); outside, a step costs half")
+    parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
+    parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
+    parser.add_argument("--noise-seed", type=int, choices=range(10**6), metavar="N", default=0,
+                        help="seed of the noise that pictures start from (default %(default)s)")
+
+
+def sampling(args):
+    """The keyword arguments of a painter's draw() from the flags above."""
+    return dict(steps=args.sample_steps, guidance=args.guidance, interval=tuple(args.guidance_interval), sampler=args.sampler,
+                negative=args.negative, seed=args.noise_seed)
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "Helvetica.ttc",
+         "LiberationSans-Regular.ttf")
+
+
+def font(size=12, path=None):
+    """A font of the system that has accents, or the file that --font names, or Pillow's own."""
+    for name in [path] if path else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    if path:
+        raise UserError(f"--font {path} is not a font file that can be read")
+    return ImageFont.load_default(size)
+
+
+def wrap(text, width, face):
+    """Breaks a text into lines of at most `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if face.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titles=None):
+    """Writes pictures, N of (H, W, 3) uint8, as a grid, each with its text below; `titles` stand at the left of the rows."""
+    n, h = len(pictures), len(pictures[0])
+    side = side or max(96, h)
+    columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
+    face = face or font(11)
+    gap, line = 8, 14
+    wrapped = [wrap(text, side, face) for text in texts]
+    below = max(map(len, wrapped)) * line + 4 if any(texts) else 0
+    heads = [wrap(title, 150, face) for title in titles or []]
+    left = max((face.getlength(part) for lines in heads for part in lines), default=-gap) + 2 * gap
+    rows = math.ceil(n / columns)
+    sheet = Image.new("RGB", (int(left) + columns * (side + gap), gap + rows * (side + below + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, lines) in enumerate(zip(pictures, wrapped)):
+        x, y = int(left) + i % columns * (side + gap), gap + i // columns * (side + below + gap)
+        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
+        for k, text in enumerate(lines):
+            draw.text((x, y + side + 2 + k * line), text, fill="black", font=face)
+    for row, lines in enumerate(heads):
+        for k, text in enumerate(lines):
+            draw.text((gap, gap + row * (side + below + gap) + side / 2 + (k - len(lines) / 2) * line), text, fill="black", font=face)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
+    """Draws curves {name: [(x, y), ...]} with axes and a legend."""
+    colours = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
+    curves = {name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log)] for name, points in curves.items()}
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return
+    scale = math.log10 if log else float
+    xs, ys = [p[0] for p in points], [scale(p[1]) for p in points]
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
+    if not log and y0 >= 0:
+        y0 = 0
+    sheet = Image.new("RGB", size, "white")
+    draw, face = ImageDraw.Draw(sheet), font(11)
+    left, top, right, bottom = 64, 16, size[0] - 16, size[1] - 40
+
+    def at(x, y):
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (scale(y) - y0) / (y1 - y0) * (bottom - top)
+    for i in range(5):
+        y = y0 + (y1 - y0) * i / 4
+        py = bottom - (bottom - top) * i / 4
+        draw.line((left, py, right, py), fill="#dddddd")
+        draw.text((left - 6, py), f"{10**y if log else y:.3g}", fill="black", font=face, anchor="rm")
+    few = sorted(set(xs)) if len(set(xs)) <= 9 else [x0 + (x1 - x0) * i / 4 for i in range(5)]      # whole curves: even ticks
+    for x in few:
+        draw.text((left + (x - x0) / (x1 - x0) * (right - left), bottom + 4), f"{x:.0f}", fill="black", font=face, anchor="ma")
+    draw.text(((left + right) / 2, size[1] - 18), x_label, fill="black", font=face, anchor="ma")
+    draw.text((left, 2), y_label, fill="black", font=face)
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = colours[i % len(colours)]
+        if len(curve) > 1:
+            draw.line([at(x, y) for x, y in curve], fill=colour, width=2)
+        for x, y in curve if len(curve) < 20 else []:
+            px, py = at(x, y)
+            draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
+        draw.text((right - 6, top + 4 + 14 * i), name, fill=colour, font=face, anchor="ra")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
 def read_prompts(args):
     """The prompts of the command line, of --file, or of standard input where the prompt is "-"."""
     prompts = list(args.prompts)
@@ -41,8 +195,8 @@ def main():
     parser.add_argument("--per-prompt", type=common.positive, default=1, help="pictures a prompt (default %(default)s)")
     parser.add_argument("--columns", type=common.positive, help="pictures in a row of the grid")
     parser.add_argument("--font", help="font file for the captions, for letters that the system's own lacks")
-    common.add_run_flags(parser)
-    common.add_sampling_flags(parser)
+    add_run_flags(parser)
+    add_sampling_flags(parser)
     args = parser.parse_args()
     prompts = read_prompts(args)
     if not prompts:
@@ -50,18 +204,18 @@ def main():
         return
     if args.out and Path(args.out).suffix.lower() not in common.PICTURES:
         raise UserError(f"--out {args.out}: name a picture file, such as {args.out}.png")
-    painter = common.load_painter(args)
-    face = common.font(11, args.font)
+    painter = load_painter(args)
+    face = font(11, args.font)
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     film = [] if args.film else None
-    pictures = painter.draw(texts, **common.sampling(args), film=film, progress=True)
+    pictures = painter.draw(texts, **sampling(args), film=film, progress=True)
     out = Path(args.out or painter.folder / "samples" / ("film.png" if args.film else "prompts.png"))
     if args.film:
         strip = [frame[i] for i in range(len(texts)) for frame in film]
         labels = [f"step {k + 1}" for k in range(len(film))] * len(texts)
-        common.picture_grid(strip, labels, out, columns=len(film), face=face, titles=texts)
+        picture_grid(strip, labels, out, columns=len(film), face=face, titles=texts)
     else:
-        common.picture_grid(pictures, texts, out, columns=args.columns or (args.per_prompt if args.per_prompt > 1 else None), face=face)
+        picture_grid(pictures, texts, out, columns=args.columns or (args.per_prompt if args.per_prompt > 1 else None), face=face)
     print(f"{len(texts)} pictures: {out}")
     if args.singles:
         for i, picture in enumerate(pictures):

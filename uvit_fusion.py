@@ -99,8 +99,10 @@ class Settings:
     betas: tuple = setting((0.9, 0.99), 'of AdamW')
     clip_grad: float = setting(1.0, 'largest norm of the gradient (0: no clipping)')
     ema: float = setting(0.998, 'decay of the running average of the weights')
+    ema_warmup: bool = setting(True, 'let the average follow closely at first, when the weights still change fast')
     drop: float = setting(0.1, 'share of captions replaced by the empty one')
     seed: int = setting(0, 'of weights, order and noise')
+    guidance: float = setting(3.0, 'w that pictures are drawn with unless another is asked for')
     # what it was trained on
     data: str = setting("shapes", '"shapes" (the toy world), a folder in the layout of MS-COCO, or one of pictures with a .txt beside each')
     clip: str = setting("runs/toy/clip", 'CLIP text model: a folder in the Hugging Face format or a name on its hub')
@@ -121,6 +123,8 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas}: choose both from 0 up to, not including, 1")
+        if self.autoencoder and self.clip_x0:
+            raise UserError("--autoencoder: latents do not keep within [-1, 1]: add --no-clip-x0")
         if self.size % self.patch:
             raise UserError(f"--size {self.size} cannot be cut into patches of {self.patch}: choose a multiple of {self.patch}, or another --patch")
         if self.dim % self.heads or self.dim % 2:
@@ -134,8 +138,8 @@ PRESETS = {
     # the published U-ViT-S/2 on MS-COCO, with the fusion of this paper's released code (U-ViT itself: image_blocks = caption_blocks = 0)
     "coco": dict(size=32, channels=4, text_dim=768, text_length=77, mask_text=False, patch=2, dim=512, depth=12, heads=8, image_blocks=3,
                  caption_blocks=3, init="published", schedule="linear", target="eps", clip_x0=False, time_power=1.0, optimizer="adamw", batch=256,
-                 steps=1_000_000, lr=2e-4, warmup=5000,
-                 decay=0.0, weight_decay=0.03, betas=(0.9, 0.9), clip_grad=0.0, ema=0.9999, clip="openai/clip-vit-large-patch14"),
+                 steps=1_000_000, lr=2e-4, warmup=5000, decay=0.0, weight_decay=0.03, betas=(0.9, 0.9), clip_grad=0.0, ema=0.9999,
+                 ema_warmup=False, guidance=2.0, data="coco", clip="openai/clip-vit-large-patch14"),
 }
 
 
@@ -327,16 +331,15 @@ class Diffusion:
         self.target, self.clip_x0 = target, clip_x0
         if schedule == "linear":                                                       # Stable Diffusion's: sqrt(beta) is linear
             beta = torch.linspace(0.00085**0.5, 0.0120**0.5, self.T, dtype=torch.float64)**2
-            self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
         else:                                                                          # Nichol and Dhariwal 2021, eq. 17
             f = torch.cos((torch.arange(self.T + 1, dtype=torch.float64) / self.T + 0.008) / 1.008 * math.pi / 2)**2
-            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-            self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                               # abar_T stays above 0
+        self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
     def scales(self, t, like):
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1)."""
-        abar = self.abar[t.cpu()].view(-1, 1, 1, 1)
-        return abar.sqrt().to(like), (1 - abar).sqrt().to(like)
+        # the small tables go to the device of t: asking for t here would make a GPU wait
+        return (scale.to(like)[t.to(like.device)].view(-1, 1, 1, 1) for scale in (self.abar.sqrt(), (1 - self.abar).sqrt()))
 
     def q_sample(self, x_0, t, eps):
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps"""
@@ -431,12 +434,13 @@ class Painter:
         self.side = settings.size * (autoencoder.factor if autoencoder else 1)                        # of the pictures, in pixels
 
     @torch.no_grad()
-    def draw(self, prompts, steps=25, guidance=3.0, interval=(0.0, 1.0), sampler="dpm", negative="", seed=0, first=0, batch=256,
+    def draw(self, prompts, steps=25, guidance=None, interval=(0.0, 1.0), sampler="dpm", negative="", seed=0, first=0, batch=256,
              progress=False, film=None):
         """Pictures for prompts: numpy uint8 (len(prompts), H, W, 3).
 
         Picture i has noise of its own, which depends on the seed and on first + i alone, so that two models can be compared picture by
-        picture and a long list drawn in parts. film: a list that gets, for every step, the pictures (uint8) that the network then believes in.
+        picture and a long list drawn in parts. guidance: default that of the settings; interval: see `guided`; film: a list that gets, for
+        every step, the pictures (uint8) that the network then believes in.
         """
         s, pictures, films = self.settings, [], []
         null, null_mask = self.encoder([negative])
@@ -450,7 +454,7 @@ class Painter:
             seen = None if film is None else []
             text, mask = self.encoder(some)
             with common.autocast(self.device, self.precision):
-                network = guided(self.model, text, mask, null, null_mask, guidance, interval)
+                network = guided(self.model, text, mask, null, null_mask, s.guidance if guidance is None else guidance, interval)
                 pictures.append(self.to_pictures(self.diffusion.sample(network, noise(), steps, sampler, noise, seen)))
                 films.append([self.to_pictures(x_0) for x_0 in seen or []])
             bar.update(len(some))
@@ -477,7 +481,7 @@ class Painter:
         """The captioned pictures of a split, of which `to_x_0` makes what the network sees; latents are computed once, into a folder."""
         if self.autoencoder is None:
             return common.CaptionedImages(folder, split, self.settings.size)
-        return Latents(folder, split, self.side, self.autoencoder, self.settings.autoencoder, latents, self.device, self.precision)
+        return Latents(folder, split, self.side, self.autoencoder, self.settings.autoencoder, latents, self.device)
 
 
 def load_autoencoder(s, device):
@@ -497,7 +501,8 @@ def load(path, device, precision):
     """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""
     path = Path(path)
     folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
-    return make_painter(common.read_settings(Settings, folder), common.load_tensors(weights), weights, folder, device, precision)
+    s = common.read_settings(Settings, folder)
+    return make_painter(s, common.TextEncoder(s.clip, device), common.load_tensors(weights), weights, folder, precision)
 
 
 def load_published(weights, autoencoder, clip, device, precision):
@@ -508,18 +513,19 @@ def load_published(weights, autoencoder, clip, device, precision):
         text_dim, tokens = tensors["context_embed.weight"].shape[1], tensors["pos_embed"].shape[1]
     except (KeyError, ValueError, IndexError):
         raise UserError(f"--weights {weights} is no U-ViT for text (no context_embed, patch_embed or pos_embed as it should be)") from None
-    length = common.TextEncoder(clip).length
+    encoder = common.TextEncoder(clip, device)
+    length = encoder.length
     s = Settings(**PRESETS["coco"] | dict(
         size=patch * math.isqrt(max(1, tokens - 1 - length)), channels=channels, text_dim=text_dim, text_length=length, patch=patch, dim=dim,
         depth=2 * len({name.split(".")[1] for name in tensors if name.startswith("in_blocks.")}), heads=max(1, dim // 64),
         image_blocks=0, caption_blocks=0, autoencoder=autoencoder or "", clip=clip))
-    return make_painter(s, tensors, weights, Path("runs") / Path(weights).stem, device, precision)
+    return make_painter(s, encoder, tensors, weights, Path("runs") / Path(weights).stem, precision)
 
 
-def make_painter(s, tensors, weights, folder, device, precision):
+def make_painter(s, encoder, tensors, weights, folder, precision):
+    device = encoder.device
     model = UViT(s).to(device).eval().requires_grad_(False)
     common.load_into(model, tensors, weights)
-    encoder = common.TextEncoder(s.clip, device)
     if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
         raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
                         "put back the text encoder that it was trained with")
@@ -545,21 +551,22 @@ def make_optimizers(model, s):
     return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
 
 
-def train(s, data, folder, device, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False,
-          rank=0, ranks=1, accumulate=1, compiled=False, recompute=False, latents="data/latents"):
+def train(s, data, folder, ranks, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False,
+          accumulate=1, compiled=False, recompute=False, latents="data/latents"):
     """Trains a U-ViT on the captioned pictures in `data` and fills the run folder; returns its painter (EMA weights).
 
     What step n does depends on the settings and on n alone, so a resumed run equals an uninterrupted one, bit for bit on the CPU.
-    watch: on the toy world, look now and then how many captions it gets right, and keep early.safetensors where that is nearest a half.
-    rank, ranks: this process's part of a training by torchrun: each takes its share of every batch, gradients are averaged, rank 0 writes.
-    accumulate: parts that a share is worked through in, to save memory; recompute: activation checkpointing; compiled: torch.compile;
-    latents: folder that keeps the latents of the pictures.
+    ranks: `common.Ranks`; each takes its share of every batch, gradients are averaged, rank 0 writes. watch: on the toy world, look now and
+    then how many captions it gets right, and keep early.safetensors where that is nearest a half. accumulate: parts that a share is worked
+    through in; recompute: activation checkpointing; compiled: torch.compile; latents: folder that keeps the latents of the pictures.
     """
-    import eval as grade  # here, since eval.py imports this file
-    folder, share = Path(folder), s.batch // ranks // accumulate
-    if share * ranks * accumulate != s.batch:
-        raise UserError(f"--batch {s.batch} cannot be shared by {ranks} processes x {accumulate} parts: choose a multiple of {ranks * accumulate}")
-    encoder = common.TextEncoder(s.clip, device)
+    import eval as grade  # here, since these import this file
+    import sample
+    folder, device, share = Path(folder), ranks.device, s.batch // ranks.count
+    if share // accumulate * accumulate * ranks.count != s.batch:
+        raise UserError(f"--batch {s.batch} cannot be shared by {ranks.count} processes x {accumulate} parts: "
+                        f"choose a multiple of {ranks.count * accumulate}")
+    encoder, autoencoder_model = common.TextEncoder(s.clip, device), load_autoencoder(s, device)
     s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
     torch.manual_seed(s.seed)
     model = UViT(s).to(device)
@@ -570,89 +577,84 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.recompute = recompute
     optimizers = make_optimizers(model, s)
-    painter = Painter(ema, encoder, s, folder, device, precision, load_autoencoder(s, device))
-    with common.rank_0_first(rank, ranks):
+    painter = Painter(ema, encoder, s, folder, device, precision, autoencoder_model)
+    with ranks.first():
         dataset = painter.data(data, "train", latents)
-    state = common.open_run(folder, s, resume, overwrite) if not rank else None
-    if ranks > 1 and resume:
-        torch.distributed.barrier()
-        state = state or common.open_run(folder, s, resume, overwrite)
+        state = common.open_run(folder, s, resume, overwrite) if resume or not ranks.rank else None
     start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
-    watch = watch and not rank and "scene" in dataset.items[0][2]
+    watch = watch and not ranks.rank and "scene" in dataset.items[0][2]
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
+        if state["precision"] != str(precision):
+            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
+        common.load_into(model, state["model"], folder / "state.pt")
+        common.load_into(ema, state["ema"], folder / "state.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         start, halfway, watch = state["step"], state["halfway"], watch and state["watch"]
-        if state["precision"] != str(precision):
-            raise UserError(f"--resume: {folder}/ was trained in {state['precision'][6:]}, now it would be in {str(precision)[6:]}: "
-                            "name it with --precision")
     network = torch.compile(model) if compiled else model
-    if ranks > 1:
-        network = nn.parallel.DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    metrics = common.Metrics(folder, ["step", "loss", "lr", "all"], start) if not rank else None
+    if ranks.count > 1:
+        network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    metrics = None if ranks.rank else common.Metrics(folder, ["step", "loss", "lr", "all"], start)
     broken, generator = common.BrokenPictures(len(dataset)), torch.Generator(device)
-    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, workers, rank, ranks)
-    losses, step, stop = [], start, False
+    uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
+    mine, shape = slice(ranks.rank * share, (ranks.rank + 1) * share), (s.batch, s.channels, s.size, s.size)
+    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, workers, ranks)
+    losses, stop = [], False
 
-    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step", disable=rank > 0) as progress:
+    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step", disable=ranks.rank > 0) as progress:
         for step, (pictures, captions, unread) in enumerate(loader, start + 1):
-            broken.add(unread)
-            generator.manual_seed(s.seed * 10**9 + step)
+            broken.add(unread, pictures)
             for group, highest in zip((group for optimizer in optimizers for group in optimizer.param_groups), (s.lr, s.muon_lr)):
                 group["lr"] = highest * learning_rate(s, step)
             # every rank draws the noise of the whole batch and takes its share, so that their number does not change the training
-            draw = functools.partial(torch.rand, s.batch, generator=generator, device=device)
-            dropped, time_u = draw() < s.drop, draw()
-            eps = torch.randn(s.batch, s.channels, s.size, s.size, generator=generator, device=device)
-            latent_eps = torch.randn(eps.shape, generator=generator, device=device) if painter.autoencoder else None
-            t = 1 + (Diffusion.T * time_u**s.time_power).long().clamp(max=Diffusion.T - 1)
+            generator.manual_seed(s.seed * 10**9 + step)
+            dropped = (uniform(s.batch) < s.drop)[mine].tolist()
+            t = 1 + (Diffusion.T * uniform(s.batch)**s.time_power).long().clamp(max=Diffusion.T - 1)[mine]
+            eps = normal(shape)[mine]
+            x_0 = painter.to_x_0(pictures, normal(shape)[mine] if painter.autoencoder else None)
+            # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
+            text, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
             model.zero_grad()
-            for part in range(accumulate):
-                here = slice(part * share, (part + 1) * share)                                     # of this rank's share
-                there = slice((rank * accumulate + part) * share, (rank * accumulate + part + 1) * share)     # of the batch
-                # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
-                text, mask = encoder(["" if d else caption for d, caption in zip(dropped[there].tolist(), captions[here])])
-                x_0 = painter.to_x_0(pictures[here], None if latent_eps is None else latent_eps[there])
-                last = part == accumulate - 1
-                with contextlib.nullcontext() if last or ranks == 1 else network.no_sync():        # gradients are averaged once a step
+            for part, values in enumerate(zip(*(value.chunk(accumulate) for value in (x_0, t, eps, text, mask))), 1):
+                # gradients are averaged over the ranks once a step, with the last part
+                with contextlib.nullcontext() if part == accumulate or ranks.count == 1 else network.no_sync():
                     with common.autocast(device, precision):
-                        loss = painter.diffusion.loss(functools.partial(network, text=text, mask=mask), x_0, t[there], eps[there])
+                        loss = painter.diffusion.loss(functools.partial(network, text=values[3], mask=values[4]), *values[:3])
                     (loss / accumulate).backward()
                 losses.append(loss.detach())
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
             for optimizer in optimizers:
                 optimizer.step()
-            # the average follows closely at first, when the weights still change fast
-            decay = min(s.ema, step / (step + 10))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            decay = min(s.ema, step / (step + 10)) if s.ema_warmup else s.ema
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
             progress.update()
 
-            all_right = ""
-            if watch and step > s.steps // 4 and step % max(1, s.steps // 24) == 0:
-                all_right = grade.alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
-                if abs(all_right - 50) < halfway:
-                    halfway = abs(all_right - 50)
-                    common.save_tensors(ema.state_dict(), folder / "early.safetensors")
-                watch = all_right < 65
-            due = step % save_every == 0 or step == s.steps
-            if step % 20 == 0 or due or all_right or interrupt.asked and ranks == 1:
-                # all ranks stop at the same step: a Ctrl-C may reach them at different ones
-                mean, asked = common.over_ranks([torch.stack(losses).mean().item(), float(interrupt.asked)], device, ranks)
-                stop, losses = asked > 0, []
-                if not math.isfinite(mean):
-                    raise UserError(f"the loss is {mean} at step {step}; the last checkpoint stays as it was: try a lower --lr, or --precision fp32")
-                if not rank:
-                    metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
-                    progress.set_postfix(loss=f"{mean:.4f}")
-            if (due or stop) and not rank:
-                common.save_tensors(ema.state_dict(), folder / "model.safetensors")
-                common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
-                                           "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                                           "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)})
-                common.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
+            # what follows is decided by the step alone, and so by all ranks alike; a Ctrl-C may reach them at different steps
+            save, look = step % save_every == 0 or step == s.steps, step > s.steps // 4 and step % max(1, s.steps // 24) == 0
+            if not (save or look or step % 20 == 0 or interrupt.asked and ranks.count == 1):
+                continue
+            (mean, asked), losses = ranks.mean([torch.stack(losses).mean().item(), float(interrupt.asked)]), []
+            stop = asked > 0
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} at step {step}; the last checkpoint stays as it was: try a lower --lr, or --precision fp32")
+            if not ranks.rank:
+                all_right = ""
+                if watch and look:
+                    all_right = grade.alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
+                    if abs(all_right - 50) < halfway:
+                        halfway = abs(all_right - 50)
+                        common.save_tensors(ema.state_dict(), folder / "early.safetensors")
+                    watch = all_right < 65                                                 # far enough beyond a half not to come back
+                metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
+                progress.set_postfix(loss=f"{mean:.4f}")
+                if save or stop:
+                    common.save_tensors(ema.state_dict(), folder / "model.safetensors")
+                    common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
+                                               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                                               "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)})
+                    sample.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
             if stop:
                 break
     if stop:
@@ -664,14 +666,6 @@ def train(s, data, folder, device, precision, resume=False, overwrite=False, wor
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
-VARIANTS = {
-    "early": dict(fusion="concat", image_blocks=0, caption_blocks=0),
-    "intermediate": dict(fusion="concat"),
-    "early_cross": dict(fusion="cross", image_blocks=0, caption_blocks=0),
-    "intermediate_cross": dict(fusion="cross"),
-}
-
-
 def main():
     begin = time.time()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -701,42 +695,45 @@ def main():
         parser.print_help()
         return
     import eval as grade
+    import sample
     import toy
     if args.analyse:
-        painter = common.load_run(args.run, args.device, args.precision)
+        painter = sample.load_run(args.run, args.device, args.precision)
         grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.side), painter.folder)
         return
-    s, (device, rank, ranks) = common.make_settings(Settings, PRESETS, args), common.join_ranks(args.device)
-    precision = common.pick_precision(args.precision, device)
+    s, ranks = common.make_settings(Settings, PRESETS, args), common.Ranks(args.device)
+    precision = ranks.precision(args.precision)
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=min(s.steps, 200), warmup=min(s.warmup, 40)), min(args.samples, 256)
+    side = s.size * (8 if s.autoencoder else 1)                                            # of the toy world's pictures
     if args.compare:
+        if ranks.count > 1:
+            raise UserError("--compare trains its variants in one process: without torchrun")
         folder = args.out or ("runs/compare-quick" if args.quick else "runs/compare")
-        grade.compare(s, toy.prepare(s.data, s.clip, s.size), folder, device, precision, args.seeds, args.samples)
+        grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, args.seeds, args.samples)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
-    if not rank:
-        common.check_run(folder, args.resume, args.overwrite)
-    with common.rank_0_first(rank, ranks):
-        data = toy.prepare(s.data, s.clip, s.size * (8 if s.autoencoder else 1))
     if args.preset != "toy":
         print(f"preset {args.preset}: {', '.join(f'{name} {value}' for name, value in dataclasses.asdict(s).items() if value != '')}")
-    print(f"{s.steps} steps of {s.batch} pictures on {device}{f' x {ranks}' * (ranks > 1)} in {str(precision)[6:]}, into {folder}/")
-    with common.together(rank, ranks):
-        painter = train(s, data, folder, device, precision, args.resume, args.overwrite, args.workers, args.save_every, not args.quick,
-                        rank, ranks, args.accumulate, args.compile, args.recompute, args.latents)
-    if rank:
+    print(f"{s.steps} steps of {s.batch} pictures on {ranks.device}{f' x {ranks.count}' * (ranks.count > 1)} in {str(precision)[6:]}, into {folder}/")
+    with ranks.first():
+        if not ranks.rank:
+            common.check_run(folder, args.resume, args.overwrite)
+        data = toy.prepare(s.data, s.clip, side)
+    validation = common.CaptionedImages(data, "val", s.size)                               # now, not after days of training
+    painter = train(s, data, folder, ranks, precision, args.resume, args.overwrite, args.workers, args.save_every, not args.quick,
+                    args.accumulate, args.compile, args.recompute, args.latents)
+    if ranks.rank:
         return
-    validation = common.CaptionedImages(data, "val", painter.side)
     captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(validation.items[:24])]
-    common.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
+    sample.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
     print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
     if "scene" in validation.items[0][2]:
         figures, table = grade.alignment(painter, data, args.samples)
-        title = f"{folder}: {figures['samples']} held-out captions, 25 steps of DPM-Solver++, guidance 3"
-        common.print_table(grade.alignment_rows(figures, table), title)
-        figures |= {"seconds": time.time() - begin, "peak_memory_mb": common.peak_memory_mb(), "help_seconds": grade.help_seconds(__file__)}
-        common.write_results(folder, figures)
+        title = f"{folder}: {figures['samples']} held-out captions, 25 steps of DPM-Solver++, guidance {s.guidance:g}"
+        grade.print_table(grade.alignment_rows(figures, table), title)
+        figures |= {"seconds": time.time() - begin, "peak_memory_mb": grade.peak_memory_mb(), "help_seconds": grade.help_seconds(__file__)}
+        grade.write_results(folder, figures)
         print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")
 
 

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from test_training import TINY, train
 
 import common
+import sample
 import uvit_fusion
 from autoencoder import Autoencoder
+from toy import shapes
 from uvit_fusion import PRESETS, Diffusion, Settings, UViT, guided
 
 
@@ -78,7 +80,7 @@ def test_a_training_starts_from_published_weights_and_new_caption_blocks(tmp_pat
     assert status == 2 and "published.pth" in errors and errors.count("\n") == 1
 
 
-LATENT = ["--channels", 4, "--size", 16, "--latent-scale", 0.5]
+LATENT = ["--no-clip-x0", "--channels", 4, "--size", 16, "--latent-scale", 0.5]
 
 
 def test_trains_on_latents_and_draws_pictures(tmp_path, coco, clip_folder, autoencoder_file):
@@ -98,7 +100,7 @@ def test_trains_on_latents_and_draws_pictures(tmp_path, coco, clip_folder, autoe
 
 
 def test_x_0_of_latents_is_scaled_and_drawn_anew(autoencoder_file):
-    s = Settings(channels=4, size=8, latent_scale=0.5, autoencoder=str(autoencoder_file))
+    s = Settings(channels=4, size=8, latent_scale=0.5, clip_x0=False, autoencoder=str(autoencoder_file))
     painter = uvit_fusion.Painter(None, None, s, None, torch.device("cpu"), torch.float32, uvit_fusion.load_autoencoder(s, "cpu"))
     moments = torch.stack([torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 2 * np.log(2.0))], dim=1).half()
     noise = torch.randn(1, 4, 8, 8)
@@ -156,8 +158,10 @@ def assert_same_weights(a, b):
         assert torch.allclose(a[name], b[name], atol=2e-5), (name, (a[name] - b[name]).abs().max())      # weights move by 1e-3 a step
 
 
-def test_two_processes_train_the_same_weights_as_one(tmp_path, coco, clip_folder):
-    flags = ["--data", coco, "--clip", clip_folder, *TINY, *ADAMW]
+def test_two_processes_train_the_same_weights_as_one(tmp_path, clip_folder):
+    # captions of known scenes: rank 0 looks at its pictures during the training, which the other must not wait for in vain
+    data = shapes.build(tmp_path / "scenes", size=16, train=24, val=8)
+    flags = ["--data", data, "--clip", clip_folder, *TINY, *ADAMW]
     process = torchrun(tmp_path, *flags, "--out", "two")
     out, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
@@ -166,6 +170,20 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path, coco, clip_folder
     assert status == 0, errors
     assert_same_weights(tmp_path / "one", tmp_path / "two")
     assert load_file(tmp_path / "one" / "model.safetensors")["norm.weight"].std() > 0     # it did train
+    assert (tmp_path / "two" / "early.safetensors").exists()
+
+
+def test_a_mistake_that_all_processes_make_is_told_once(tmp_path, clip_folder):
+    process = torchrun(tmp_path, "--data", "nowhere", "--clip", clip_folder, *TINY, "--out", "run")
+    out, errors = process.communicate(timeout=100)
+    lines = [line for line in errors.splitlines() if "uvit_fusion.py: error" in line]
+    assert process.returncode != 0 and len(lines) == 1 and "nowhere" in lines[0], errors
+
+
+def test_the_running_average_keeps_no_history(tmp_path, coco, clip_folder):
+    s = Settings(size=16, dim=32, depth=4, heads=2, batch=4, steps=2, clip=clip_folder)
+    painter = uvit_fusion.train(s, coco, tmp_path / "run", common.Ranks("cpu"), torch.float32)
+    assert all(p.is_leaf and not p.requires_grad for p in painter.model.parameters())
 
 
 def test_a_killed_process_ends_the_others_with_one_line(tmp_path, coco, clip_folder):
@@ -223,7 +241,7 @@ def test_guidance_interval_guides_inside_and_spares_half_of_the_work_outside():
 @pytest.mark.parametrize("sampler", ["dpm", "ddpm"])
 def test_pictures_drawn_in_parts_equal_those_drawn_at_once(tmp_path, coco, clip_folder, sampler):
     assert train(tmp_path, coco, clip_folder, steps=2)[0] == 0
-    painter = common.load_run(tmp_path / "run", "cpu", "fp32")
+    painter = sample.load_run(tmp_path / "run", "cpu", "fp32")
     prompts = [f"picture {i}" for i in range(5)]
     whole = painter.draw(prompts, steps=3, sampler=sampler)
     parts = [painter.draw(prompts[:2], steps=3, sampler=sampler), painter.draw(prompts[2:], steps=3, sampler=sampler, first=2, batch=2)]

@@ -174,7 +174,8 @@ def test_a_broken_picture_among_many_is_replaced_and_counted(tmp_path, capsys):
 
 def test_all_pictures_broken_stops_the_run(tmp_path, coco, clip_folder):
     damage(coco, "all broken")
-    refused(train(tmp_path, coco, clip_folder), "could not be read")
+    refused(train(tmp_path, coco, clip_folder), "cannot be read")
+    refused(train(tmp_path, coco, clip_folder, "--workers", 1), "cannot be read")
 
 
 def test_a_long_caption_is_cut_with_one_warning(clip_folder, capsys):
