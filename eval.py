@@ -20,6 +20,7 @@ import random
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -28,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -135,6 +137,7 @@ def steps_curve(painter, data, samples, sampling, folder):
     rows += [[sampler, *(right for _, right in curve)] for sampler, curve in curves.items()]
     print_table(rows, f"{painter.folder}: {samples} held-out captions, +- {196 * (0.9 * 0.1 / samples)**0.5:.0f} where 90 % are right")
     sample.plot(curves, folder / "steps.png", "network evaluations a picture", "held-out captions all right, %")
+    write_results(folder, {f"{sampler}_{steps}": right for sampler, curve in curves.items() for steps, right in curve})
     print(f"as a picture: {folder / 'steps.png'}")
 
 
@@ -411,25 +414,27 @@ def random_inputs(s, batch, device):
     return [value.to(device) for value in inputs]
 
 
-def step_costs(variants, device, precision, batch=None, rounds=10):
-    """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch}}.
+def step_costs(variants, device, precision, batch=None, rounds=10, compiled=False):
+    """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch, peak}}.
 
     variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take
-    turns and the median over `rounds` counts, so that a passing load hits all alike. sample_ms: a picture in 25 guided steps.
+    turns and the median over `rounds` counts, so that a passing load hits all alike; so does the matrix-product peak (operations a second)
+    that is measured among them. sample_ms: a picture in 20 guided steps.
     """
-    costs, runs = {}, {}
+    costs, runs, peaks = {}, {}, []
     for name, s in variants.items():
         torch.manual_seed(0)
         model, size = uvit_fusion.UViT(s).to(device), batch or s.batch
         costs[name] = {"parameters": sum(p.numel() for p in model.parameters()), "gflops": forward_flops(s) / 1e9, "batch": size}
-        few = random_inputs(s, max(1, size // 8), device)
-        runs[name] = (model, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), few, [], [])
+        few, network = random_inputs(s, max(1, size // 8), device), torch.compile(model) if compiled else model
+        runs[name] = (model, network, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), few, [], [])
     for n in range(rounds + 2):
-        for name, (model, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
+        peaks.append(common.matmul_rate(device, precision, 4096))
+        for name, (model, network, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
             common.synchronize(device)
             begin = time.perf_counter()
             with common.autocast(device, precision):
-                loss = (model(x, t, text, mask).float() - x).square().mean()
+                loss = (network(x, t, text, mask).float() - x).square().mean()
             model.zero_grad()
             loss.backward()
             for optimizer in optimizers:
@@ -440,42 +445,92 @@ def step_costs(variants, device, precision, batch=None, rounds=10):
                 s, (x, t, text, mask) = variants[name], few
                 begin = time.perf_counter()
                 with torch.no_grad(), common.autocast(device, precision):
-                    network = uvit_fusion.guided(model, text, mask, text[:1], mask[:1], 3.0)
-                    uvit_fusion.Diffusion(s.schedule, s.target).sample(network, x, 25)
+                    guided = uvit_fusion.guided(model, text, mask, text[:1], mask[:1], 3.0)
+                    uvit_fusion.Diffusion(s.schedule, s.target).sample(guided, x, 20)
                 common.synchronize(device)
                 draws.append((time.perf_counter() - begin) / len(x))
     for name, (*_, times, draws) in runs.items():
-        costs[name] |= {"ms": 1e3 * float(np.median(times[2:])), "sample_ms": 1e3 * float(np.median(draws))}
+        costs[name] |= {"ms": 1e3 * float(np.median(times[2:])), "sample_ms": 1e3 * float(np.median(draws)), "peak": float(np.median(peaks))}
     return costs
 
 
-def cost(device, precision, batch, folder="runs/cost"):
-    """Early against intermediate fusion at both sizes, and a table over v and c at the paper's size."""
-    peak = common.matmul_rate(device, precision, 4096, seconds=3)
-    print(f"measured matrix-product peak of {machine()} in {str(precision)[6:]}: {peak / 1e12:.2f} TFLOP/s")
-    figures = {"peak_tflops": peak / 1e12}
+def photographs(folder, count=32):
+    """Stand-ins for photographs: JPEGs of 640 x 480 with structure of all sizes and noise, some 100 kB each, with a caption beside each."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        layers = [Image.fromarray(rng.integers(0, 255, (n * 3, n * 4, 3), dtype=np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+                  for n in (2, 8, 40, 160)]
+        Image.fromarray(np.mean([np.asarray(layer) for layer in layers], axis=0).astype(np.uint8)).save(folder / f"{i:04d}.jpg", quality=90)
+        (folder / f"{i:04d}.txt").write_text(f"picture {i}\n")
+
+
+def load_plainly(path, size):
+    """What `common.load_picture` is measured against."""
+    image = Image.open(path).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS))
+
+
+def loader_costs(batch, step_ms):
+    """How much faster the loader reads photographs than `load_plainly`, and what share of a step of `step_ms` fetching a batch of latents takes."""
+    from autoencoder import Autoencoder, Latents
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        photographs(folder)
+        paths = sorted(folder.glob("*.jpg"))
+        for size in (256, 64):
+            times = {load_plainly: [], common.load_picture: []}
+            for load in [*times] * 8:
+                begin = time.perf_counter()
+                for path in paths:
+                    load(path, size)
+                times[load].append((time.perf_counter() - begin) / len(paths))
+            plain, ours = (min(values) for values in times.values())              # a passing load can only make a time longer
+            figures[f"loader_speedup_{size}"] = plain / ours
+            print(f"loader, one process, 640 x 480 JPEGs to {size} px: {1 / ours:.0f} pictures a second, plainly {1 / plain:.0f}: "
+                  f"{plain / ours:.2f} x")
+        small = Autoencoder(32, (1, 1, 1, 1), 1).eval()                            # its latents are as large as those of the real one
+        latents = Latents(folder, "train", 256, small, "random", folder / "latents")
+        begin = time.perf_counter()
+        for _ in common.batches(latents, batch, 0, 50, seed=0):
+            pass
+        fetch = 1e3 * (time.perf_counter() - begin) / 50
+    figures["data_share_percent"] = 100 * fetch / (fetch + step_ms)
+    print(f"fetching {batch} latents and captions: {fetch:.1f} ms, {figures['data_share_percent']:.2f} % of a training step")
+    return figures
+
+
+def cost(device, precision, batch, compiled=False, folder="runs/cost"):
+    """Early against intermediate fusion at both sizes, a table over v and c at the paper's size, and the loader."""
+    figures, gpu = {}, "gpu_" if device.type == "cuda" else ""
     for preset, v, c, prefix in (("toy", 2, 2, "toy_"), ("coco", 5, 1, "")):
         base = uvit_fusion.Settings(**uvit_fusion.PRESETS[preset])
-        size = base.batch if preset == "toy" or device.type == "cuda" else batch
+        size = base.batch if preset == "toy" or gpu else batch
         sweep = {"early": (0, 0, "concat"), "intermediate": (v, c, "concat")}
         if preset == "coco":
             sweep |= {f"v{v} c{c}": (v, c, "concat") for v, c in ((3, 3), (4, 1), (6, 2))}
             sweep |= {"cross, early": (0, 0, "cross"), "cross, v3 c3": (3, 3, "cross"), "cross, v3 c1": (3, 1, "cross")}
         variants = {name: dataclasses.replace(base, image_blocks=v, caption_blocks=c, fusion=f) for name, (v, c, f) in sweep.items()}
-        costs = step_costs(variants, device, precision, size, rounds=40 if preset == "toy" else 8)
+        costs = step_costs(variants, device, precision, size, rounds=40 if preset == "toy" else 8, compiled=compiled)
         early = costs["early"]
         rows = [["", "v", "c", "M parameters", "GFLOPs", "saved, %", "ms a step", "speed-up", "% of peak", "ms a picture"]]
         for name, got in costs.items():
             saved, faster = 100 * (1 - got["gflops"] / early["gflops"]), early["ms"] / got["ms"]
-            mfu = 100 * 3 * got["gflops"] * 1e9 * size / (got["ms"] / 1e3) / peak                      # backward costs twice a forward
+            mfu = 100 * 3 * got["gflops"] * 1e9 * size / (got["ms"] / 1e3) / got["peak"]               # backward costs twice a forward
             rows.append([name, *sweep[name][:2], f"{got['parameters'] / 1e6:.2f}", f"{got['gflops']:.3f}", saved, got["ms"], f"{faster:.2f}",
                          mfu, got["sample_ms"]])
             if name in ("early", "intermediate"):
-                figures |= {f"{prefix}{name}_{what}": got[what] for what in ("gflops", "ms", "sample_ms")}
+                figures |= {f"{gpu}{prefix}{name}_{what}": got[what] for what in ("gflops", "ms", "sample_ms")}
             if name == "intermediate":
-                figures |= {f"{prefix}v": v, f"{prefix}c": c, f"{prefix}flops_saved_percent": saved, f"{prefix}step_speedup": faster,
-                            f"{prefix}mfu_percent": mfu}
-        print_table(rows, f"preset {preset}, training batch {size}; a picture: 25 guided steps")
+                figures |= {f"{gpu}{prefix}v": v, f"{gpu}{prefix}c": c, f"{gpu}{prefix}flops_saved_percent": saved,
+                            f"{gpu}{prefix}step_speedup": faster, f"{gpu}{prefix}mfu_percent": mfu}
+        print_table(rows, f"preset {preset}, training batch {size}; a picture: 20 guided steps; matrix-product peak of {machine()} in "
+                          f"{str(precision)[6:]}: {early['peak'] / 1e12:.2f} TFLOP/s")
+    figures |= {f"{gpu}{name}": value for name, value in loader_costs(size, costs["intermediate"]["ms"]).items()}
+    if gpu:
+        figures |= {"gpu_pictures_per_second": 1e3 / costs["intermediate"]["sample_ms"], "gpu_memory_mb": torch.cuda.max_memory_allocated() / 1e6}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_results(folder, figures)
 
@@ -556,10 +611,11 @@ def analyse(painter, data, folder, samples=64):
     The measure is this project's own: the paper's code for its analysis was not released.
     """
     s, model, device = painter.settings, painter.model, painter.device
-    dataset = common.CaptionedImages(data, "val", s.size)
-    pictures = torch.stack([dataset.picture(i) for i in range(min(samples, len(dataset)))]).to(device)
+    dataset = painter.data(data, "val")
+    pictures = torch.stack([dataset.picture(i) for i in range(min(samples, len(dataset)))])
     text, mask = painter.encoder([texts[0] for _, texts, _ in dataset.items[:len(pictures)]])
-    x_0, patches = common.to_float(pictures), (s.size // s.patch)**2
+    noise = torch.randn(len(pictures), s.channels, s.size, s.size, generator=torch.Generator().manual_seed(0)).to(device)
+    x_0, patches = painter.to_x_0(pictures, noise), (s.size // s.patch)**2
     names = [*(f"in {i}" for i in range(s.depth // 2)), "middle", *(f"out {i}" for i in range(s.depth // 2))]
     ranks, shares = {name: [] for name in names}, {name: [] for name in names}
     for t in (100, 300, 500, 700, 900):
@@ -573,19 +629,19 @@ def analyse(painter, data, folder, samples=64):
                 continue                                                       # a block without text
             first = 1 + patches if s.fusion == "cross" else 1                  # where text begins among the keys
             a = logits.softmax(-1)[:, :, -patches:, first:first + s.text_length]                                   # (B, H, N, L)
-            for i, real in enumerate(mask.sum(1).tolist()):
-                ranks[name].append(effective_rank(a[i, :, :, :real]).mean().item())
-                shares[name].append(a[i].sum(-1).mean().item())
+            ranks[name].append([effective_rank(a[i, :, :, :real]).mean().item() for i, real in enumerate(mask.sum(1).tolist())])
+            shares[name].append(a.sum(-1).mean().item())
     rows = [["block", "effective rank", "+-", "share of attention, %"]]
     for name in names:
-        if ranks[name]:
-            rows.append([name, f"{np.mean(ranks[name]):.2f}", f"{interval(ranks[name]):.2f}", 100 * np.mean(shares[name])])
+        if ranks[name]:                                                        # the interval is over pictures, each averaged over noise levels
+            rows.append([name, f"{np.mean(ranks[name]):.2f}", f"{interval(np.mean(ranks[name], 0)):.2f}", 100 * np.mean(shares[name])])
         else:
             rows.append([name, "no text", "", ""])
     print_table(rows, f"Text-to-image attention of {painter.settings.fusion}, v = {s.image_blocks}, c = {s.caption_blocks}; "
-                             f"the rank could be {mask.sum(1).float().mean():.1f}, the mean number of tokens")
+                f"the rank could be {mask.sum(1).float().mean():.1f}, the mean number of tokens")
     curve = [(i, float(np.mean(ranks[name]))) for i, name in enumerate(names) if ranks[name]]
     share = [(i, 10 * float(np.mean(shares[name]))) for i, name in enumerate(names) if shares[name]]
+    write_results(folder, {f"rank_{name.replace(' ', '_')}": float(np.mean(ranks[name])) for name in names if ranks[name]})
     sample.plot({"effective rank": curve, "share of attention x 10": share}, folder / "attention_rank.png", "block", "text-to-image attention")
     print(f"as a picture: {folder / 'attention_rank.png'}")
 
@@ -600,6 +656,7 @@ def main():
     parser.add_argument("--steps-curve", action="store_true", help="accuracy against sampling steps for the three samplers, instead (512 samples)")
     parser.add_argument("--cost", action="store_true", help="measure what early and intermediate fusion cost, instead")
     parser.add_argument("--batch", type=common.positive, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="--cost: torch.compile (needs a C++ compiler on CPUs)")
     looks = parser.add_argument_group("picture quality")
     looks.add_argument("--quality", action="store_true", help="measure CLIP score, CMMD and FID, instead; interrupted, it goes on at a second start")
     looks.add_argument("--clip-model", help="CLIP to measure with: a folder or a name on the hub (default: the one whose text the run reads)")
@@ -610,7 +667,7 @@ def main():
     args = parser.parse_args()
     if args.cost:
         device = common.pick_device(args.device)
-        cost(device, common.pick_precision(args.precision, device), args.batch)
+        cost(device, common.pick_precision(args.precision, device), args.batch, args.compile)
         return
     painter = sample.load_painter(args)
     data = toy.prepare(args.data or painter.settings.data, painter.settings.clip, painter.side)
