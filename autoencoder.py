@@ -23,7 +23,6 @@ import math
 import os
 import re
 import shutil
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -32,7 +31,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import common
@@ -178,15 +176,6 @@ def convert_keys(tensors):
     return converted
 
 
-def read_tensors(path):
-    """The tensors of a file, {name: tensor}. Code that it may hold is not run. Raises whatever its bytes lead to."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    content = content.get("state_dict", content)
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
-
-
 def build(tensors):
     """An autoencoder of the widths that the shapes of the tensors tell, without memory for its weights (on the device "meta")."""
     def count(prefix):
@@ -207,14 +196,7 @@ def load(path, device="cpu"):
     if path.is_dir():
         files = [path / vae / f"diffusion_pytorch_model.{kind}" for vae in ("", "vae") for kind in ("safetensors", "bin")]
         path = next((file for file in files if file.is_file()), files[0])
-    if not path.is_file():
-        raise UserError(f"{named}: there is no file {path}; {EXPECTED}")
-    try:
-        tensors = convert_keys(read_tensors(path))
-    except Exception as error:                                                # the bytes of a damaged file can lead anywhere
-        if "GLOBAL" in str(error):
-            raise UserError(f"{named} holds code beside its tensors, which is not run: take the same model's .safetensors file") from None
-        raise UserError(f"{named} cannot be read, being cut off or no file of tensors: download it again; {EXPECTED}") from None
+    tensors = convert_keys(common.read_weights(path, named, f"; {EXPECTED}"))
     try:
         model = build(tensors)
     except (LookupError, ValueError, ZeroDivisionError, RuntimeError):

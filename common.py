@@ -12,12 +12,14 @@ import csv
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pickle
 import random
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -402,27 +404,25 @@ def load_tensors(path):
         raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
 
 
-def read_weights(path, flag):
-    """The tensors of a weights file by name: .safetensors, or a pickle of nothing but tensors (.pth, .pt, .ckpt, .bin).
+def read_weights(path, named, expected=""):
+    """The tensors of a weights file by name: .safetensors, or a pickle of tensors (.pth, .pt, .ckpt, .bin), whose code is never run.
 
-    Nothing in a file is ever run. Raises UserError, beginning with `flag`, if it is missing, damaged or holds code.
+    named: the flag and what it was given, with which a UserError begins, if the file is missing, damaged or holds code; expected: its end.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
+        raise UserError(f"{named}: there is no file {path}{expected}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{flag} {path} holds code, which is never run, or is no file of weights: get it as .safetensors") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{flag} {path} is damaged ({str(error).strip().splitlines()[0]}): copy or download it again") from None
-    for inner in ("state_dict", "model"):                            # training checkpoints keep the weights one level down
-        content = content.get(inner, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-        raise UserError(f"{flag} {path} is no file of weights: it should hold tensors by name")
-    return content
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))      # older files are no zip
+        for inner in ("state_dict", "model"):                                 # training checkpoints keep the weights one level down
+            content = content.get(inner, content)
+        return {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+    except Exception as error:                                                # the bytes of a damaged file can lead anywhere
+        if "GLOBAL" in str(error):
+            raise UserError(f"{named} holds code beside its tensors, which is not run: take the same model's .safetensors file") from None
+        raise UserError(f"{named} cannot be read, being cut off or no file of tensors: download it again{expected}") from None
 
 
 def load_into(model, tensors, path):
@@ -444,9 +444,20 @@ def write_json(path, content):
 
 
 # ------------------------------------------------------------------------------------------------------- settings and flags
-def setting(default, text):
-    """A field of a dataclass of settings, with the help text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def setting(default, text, low=-math.inf, high=math.inf, choices=None):
+    """A field of a dataclass of settings, with the help text of its flag and what `check_limits` allows."""
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+def check_limits(settings):
+    """Raises UserError for a number out of its range (or nan) and for a word that is none of the choices."""
+    for field in dataclasses.fields(settings):
+        value, limits, flag = getattr(settings, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
+        if limits.get("choices") and value not in limits["choices"]:
+            raise UserError(f"{flag} {value}: choose {', '.join(limits['choices'])}")
+        if limits and isinstance(value, (int, float)) and not limits["low"] <= value <= limits["high"]:
+            raise UserError(f"{flag} {value}: choose {limits['low']} to {limits['high']}" if limits["high"] < math.inf else
+                            f"{flag} {value}: choose {limits['low']} or more" if limits["low"] != 1e-30 else f"{flag} {value}: choose more than 0")
 
 
 def add_setting_flags(parser, settings):

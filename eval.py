@@ -429,7 +429,8 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
         few, network = random_inputs(s, max(1, size // 8), device), torch.compile(model) if compiled else model
         runs[name] = (model, network, uvit_fusion.make_optimizers(model, s), random_inputs(s, size, device), few, [], [])
     for n in range(rounds + 2):
-        peaks.append(common.matmul_rate(device, precision, 4096))
+        if n % 4 == 2:
+            peaks.append(common.matmul_rate(device, precision, 4096))
         for name, (model, network, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
             common.synchronize(device)
             begin = time.perf_counter()
@@ -454,7 +455,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
     return costs
 
 
-def photographs(folder, count=32):
+def photographs(folder, count=16):
     """Stand-ins for photographs: JPEGs of 640 x 480 with structure of all sizes and noise, some 100 kB each, with a caption beside each."""
     rng = np.random.default_rng(0)
     for i in range(count):

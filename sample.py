@@ -41,6 +41,24 @@ def load_run(path, device="auto", precision="auto"):
     return importlib.import_module(method).load(path, device, common.pick_precision(precision, device))
 
 
+def load_published(weights, autoencoder, clip, device, precision):
+    """The painter of a published U-ViT for text (mscoco_uvit_small.pth, mscoco_uvit_small_deep.pth). The sizes are read off its tensors."""
+    from uvit_fusion import PRESETS, Settings, make_painter
+    tensors, clip = common.read_weights(weights, f"--weights {weights}"), clip or PRESETS["coco"]["clip"]
+    try:
+        dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+        text_dim, tokens = tensors["context_embed.weight"].shape[1], tensors["pos_embed"].shape[1]
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"--weights {weights} is no U-ViT for text (no context_embed, patch_embed or pos_embed as it should be)") from None
+    encoder = common.TextEncoder(clip, device)
+    length = encoder.length
+    s = Settings(**PRESETS["coco"] | dict(
+        size=patch * math.isqrt(max(1, tokens - 1 - length)), channels=channels, text_dim=text_dim, text_length=length, patch=patch, dim=dim,
+        depth=2 * len({name.split(".")[1] for name in tensors if name.startswith("in_blocks.")}), heads=max(1, dim // 64),
+        image_blocks=0, caption_blocks=0, autoencoder=autoencoder or "", clip=clip))
+    return make_painter(s, encoder, tensors, weights, Path("runs") / Path(weights).stem, precision)
+
+
 def add_run_flags(parser):
     parser.add_argument("--run", default="runs/uvit_fusion", help="run folder, or a .safetensors file in one (default %(default)s)")
     parser.add_argument("--weights", help="published U-ViT weights (mscoco_uvit_small.pth, ...) in the place of a run")
@@ -56,8 +74,7 @@ def load_painter(args):
             raise UserError("--autoencoder and --clip go with --weights: a run knows its own")
         return load_run(args.run, args.device, args.precision)
     device = common.pick_device(args.device)
-    load = importlib.import_module("uvit_fusion").load_published
-    return load(args.weights, args.autoencoder, args.clip, device, common.pick_precision(args.precision, device))
+    return load_published(args.weights, args.autoencoder, args.clip, device, common.pick_precision(args.precision, device))
 
 
 def add_sampling_flags(parser):

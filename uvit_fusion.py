@@ -68,42 +68,42 @@ from common import UserError, setting
 class Settings:
     """Everything that makes a run: saved as config.json, read back by whatever loads the run."""
     # the picture and the text
-    size: int = setting(24, 'S, side of the picture (or latent) that the network sees')
-    channels: int = setting(3, 'C, 3 for pixels, 4 for latents')
+    size: int = setting(24, 'S, side of the picture (or latent) that the network sees', low=1)
+    channels: int = setting(3, 'C, 3 for pixels, 4 for latents', low=1)
     autoencoder: str = setting("", 'file or folder of the Stable Diffusion autoencoder that makes the latents (default: pixels)')
-    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)')
+    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)', low=1e-30)
     text_dim: int = 128            # set from the text encoder, like the next
     text_length: int = 20          # L
     mask_text: bool = setting(True, 'hide the padding of the caption (published U-ViT: False, trained over padding)')
     # the network
-    patch: int = setting(4, 'side of a patch')
-    dim: int = setting(128, 'D, width')
-    depth: int = setting(6, 'blocks but one: depth / 2 in, one middle, depth / 2 out')
-    heads: int = setting(4, 'attention heads')
-    fusion: str = setting("concat", 'how the text joins: "concat" or "cross"')
-    image_blocks: int = setting(2, 'v: blocks at either end that see the image only')
-    caption_blocks: int = setting(2, 'c, blocks that see the caption only; early fusion: 0')
+    patch: int = setting(4, 'side of a patch', low=1)
+    dim: int = setting(128, 'D, width', low=1)
+    depth: int = setting(6, 'blocks but one: depth / 2 in, one middle, depth / 2 out', low=1)
+    heads: int = setting(4, 'attention heads', low=1)
+    fusion: str = setting("concat", 'how the text joins: "concat" or "cross"', choices=("concat", "cross"))
+    image_blocks: int = setting(2, 'v: blocks at either end that see the image only', low=0)
+    caption_blocks: int = setting(2, 'c, blocks that see the caption only; early fusion: 0', low=0)
     init: str = setting("fan_in", 'first weights: "fan_in" (learns faster at small widths), "published" (normal, 0.02) or a file of weights')
     # the diffusion
-    schedule: str = setting("cosine", '"cosine" or "linear" (Stable Diffusion\'s scaled linear)')
-    target: str = setting("x0", 'what the network predicts: "eps", "v" or "x0"')
+    schedule: str = setting("cosine", '"cosine" or "linear" (Stable Diffusion\'s scaled linear)', choices=("cosine", "linear"))
+    target: str = setting("x0", 'what the network predicts: "eps", "v" or "x0"', choices=("eps", "v", "x0"))
     clip_x0: bool = setting(True, 'keep predicted pictures within [-1, 1]: for pixels, not for latents')
     # the training
-    batch: int = setting(64, 'pictures a step')
-    steps: int = setting(4000, 'training steps')
-    time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not')
-    optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest')
-    lr: float = setting(1e-3, 'highest learning rate of AdamW')
-    muon_lr: float = setting(0.01, 'highest learning rate of Muon')
-    warmup: int = setting(200, 'steps of linear warm-up')
-    decay: float = setting(1.0, 'share of the steps, at the end, over which the rate falls to zero along a cosine')
-    weight_decay: float = setting(0.03, 'of either optimiser, on every parameter')
+    batch: int = setting(64, 'pictures a step', low=1)
+    steps: int = setting(3400, 'training steps', low=1)
+    time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not', low=1e-3)
+    optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
+    lr: float = setting(1e-3, 'highest learning rate of AdamW', low=1e-30)
+    muon_lr: float = setting(0.01, 'highest learning rate of Muon', low=1e-30)
+    warmup: int = setting(200, 'steps of linear warm-up', low=0)
+    decay: float = setting(1.0, 'share of the steps, at the end, over which the rate falls to zero along a cosine', low=0, high=1)
+    weight_decay: float = setting(0.03, 'of either optimiser, on every parameter', low=0)
     betas: tuple = setting((0.9, 0.99), 'of AdamW')
-    clip_grad: float = setting(1.0, 'largest norm of the gradient (0: no clipping)')
-    ema: float = setting(0.998, 'decay of the running average of the weights')
+    clip_grad: float = setting(1.0, 'largest norm of the gradient (0: no clipping)', low=0)
+    ema: float = setting(0.998, 'decay of the running average of the weights', low=0, high=1)
     ema_warmup: bool = setting(True, 'let the average follow closely at first, when the weights still change fast')
-    drop: float = setting(0.1, 'share of captions replaced by the empty one')
-    seed: int = setting(0, 'of weights, order and noise')
+    drop: float = setting(0.1, 'share of captions replaced by the empty one', low=0, high=1)
+    seed: int = setting(0, 'of weights, order and noise', low=0, high=10**6)
     guidance: float = setting(3.0, 'w that pictures are drawn with unless another is asked for')
     # what it was trained on
     data: str = setting("shapes", '"shapes" (the toy world), a folder in the layout of MS-COCO, or one of pictures with a .txt beside each')
@@ -112,17 +112,7 @@ class Settings:
 
     def __post_init__(self):
         """Raises UserError for settings that are out of range or do not fit together."""
-        for name, known in (("fusion", ("concat", "cross")), ("schedule", ("cosine", "linear")), ("target", ("eps", "v", "x0")),
-                            ("optimizer", ("adamw", "muon"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"--{name} {getattr(self, name)}: choose {' or '.join(known)}")
-        for name in ("size", "channels", "patch", "dim", "depth", "heads", "batch", "steps", "lr", "muon_lr", "latent_scale"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose more than 0")
-        for name, low, high in (("ema", 0, 1), ("drop", 0, 1), ("decay", 0, 1), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf),
-                                ("clip_grad", 0, math.inf), ("time_power", 1e-3, math.inf), ("seed", 0, 10**6)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: choose {low} to {high}")
+        common.check_limits(self)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas}: choose both from 0 up to, not including, 1")
         if self.autoencoder and self.clip_x0:
@@ -131,8 +121,8 @@ class Settings:
             raise UserError(f"--size {self.size} cannot be cut into patches of {self.patch}: choose a multiple of {self.patch}, or another --patch")
         if self.dim % self.heads or self.dim % 2:
             raise UserError(f"--dim {self.dim} cannot be shared by {self.heads} heads: choose an even multiple of --heads")
-        if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2 or self.caption_blocks < 0:
-            raise UserError(f"--depth {self.depth} must be even, --image-blocks {self.image_blocks} at most half of it, and neither below 0")
+        if self.depth % 2 or self.image_blocks > self.depth // 2:
+            raise UserError(f"--depth {self.depth} must be even, and --image-blocks {self.image_blocks} at most half of it")
 
 
 PRESETS = {
@@ -507,23 +497,6 @@ def load(path, device, precision):
     return make_painter(s, common.TextEncoder(s.clip, device), common.load_tensors(weights), weights, folder, precision)
 
 
-def load_published(weights, autoencoder, clip, device, precision):
-    """The painter of a published U-ViT for text (mscoco_uvit_small.pth, mscoco_uvit_small_deep.pth). The sizes are read off its tensors."""
-    tensors, clip = common.read_weights(weights, "--weights"), clip or PRESETS["coco"]["clip"]
-    try:
-        dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-        text_dim, tokens = tensors["context_embed.weight"].shape[1], tensors["pos_embed"].shape[1]
-    except (KeyError, ValueError, IndexError):
-        raise UserError(f"--weights {weights} is no U-ViT for text (no context_embed, patch_embed or pos_embed as it should be)") from None
-    encoder = common.TextEncoder(clip, device)
-    length = encoder.length
-    s = Settings(**PRESETS["coco"] | dict(
-        size=patch * math.isqrt(max(1, tokens - 1 - length)), channels=channels, text_dim=text_dim, text_length=length, patch=patch, dim=dim,
-        depth=2 * len({name.split(".")[1] for name in tensors if name.startswith("in_blocks.")}), heads=max(1, dim // 64),
-        image_blocks=0, caption_blocks=0, autoencoder=autoencoder or "", clip=clip))
-    return make_painter(s, encoder, tensors, weights, Path("runs") / Path(weights).stem, precision)
-
-
 def make_painter(s, encoder, tensors, weights, folder, precision):
     device = encoder.device
     model = UViT(s).to(device).eval().requires_grad_(False)
@@ -573,7 +546,7 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
     torch.manual_seed(s.seed)
     model = UViT(s).to(device)
     if s.init not in ("fan_in", "published"):
-        tensors = common.read_weights(s.init, "--init")
+        tensors = common.read_weights(s.init, f"--init {s.init}")
         new = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("caption_blocks.") and name not in tensors}
         common.load_into(model, new | tensors, s.init)                  # published weights have no caption blocks: those begin as they are
     ema = copy.deepcopy(model).eval().requires_grad_(False)

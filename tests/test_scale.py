@@ -60,7 +60,7 @@ def test_sample_draws_with_files_of_the_published_names_and_shapes(tmp_path, aut
     assert status == 0, errors
     picture = common.Image.open(tmp_path / "runs" / "mscoco_uvit" / "samples" / "prompts_0000.png")
     assert picture.size == (64, 64)                                                     # latents of 32 x 32, 2 pixels each here
-    painter = uvit_fusion.load_published(weights, autoencoder_file, str(wide_clip), torch.device("cpu"), torch.float32)
+    painter = sample.load_published(weights, autoencoder_file, str(wide_clip), torch.device("cpu"), torch.float32)
     s = painter.settings
     assert (s.depth, s.heads, s.size, s.patch, s.image_blocks, s.caption_blocks, s.mask_text) == (depth, 8, 32, 2, 0, 0, False)
     assert (s.target, s.schedule, s.latent_scale, s.clip_x0) == ("eps", "linear", 0.23010, False)
@@ -125,10 +125,10 @@ def test_bad_weights_are_refused_in_one_line_and_run_no_code(tmp_path, autoencod
     def refused(path, *words):
         status, out, errors = run("sample.py", "a man", "--weights", path, "--autoencoder", autoencoder_file, "--clip", wide_clip, cwd=tmp_path)
         assert status == 2 and errors.count("\n") == 1 and all(word in errors for word in (str(path), *words)), errors
-    refused("missing.pth", "no such file")
+    refused("missing.pth", "no file")
     whole = published(12, tmp_path / "whole.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[:len(whole) // 2])
-    refused("cut.pth", "damaged")
+    refused("cut.pth", "cut off")
     torch.save({"pos_embed": Code()}, tmp_path / "code.pth")
     refused("code.pth", "code")
     assert not (tmp_path / "ran").exists()
