@@ -115,12 +115,11 @@ def load_picture(path, size):
     """
     with Image.open(path) as image:
         image.draft("RGB", (size, size))
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        side = min(image.size)
+        side, image = min(image.size), image if image.mode == "RGB" else image.convert("RGB")
         left, top = (image.width - side) / 2, (image.height - side) / 2
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        return np.asarray(image)
+        return np.asarray(ImageOps.exif_transpose(image))            # last, when the picture is small: turning copies it
 
 
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

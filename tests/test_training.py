@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -62,6 +63,16 @@ def test_draft_mode_changes_little(coco):
         left, top = (image.width - side) / 2, (image.height - side) / 2
         plain = image.resize((32, 32), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
         assert np.abs(common.load_picture(path, 32).astype(float) - np.asarray(plain)).mean() < 2
+
+
+def test_a_picture_that_a_camera_turned_is_turned_back(tmp_path):
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)).resize((90, 60), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                    # shown turned by a quarter
+    upright.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright.save(tmp_path / "upright.jpg", quality=95)
+    turned, straight = (common.load_picture(tmp_path / f"{name}.jpg", 32).astype(float) for name in ("turned", "upright"))
+    assert np.abs(turned - straight).mean() < 3
 
 
 def test_a_folder_of_pictures_with_texts_loads(tmp_path):
@@ -245,7 +256,8 @@ def test_every_script_without_an_action_prints_its_help(tmp_path):
 def readme_commands():
     """Each line of the README's code blocks that runs one of the project's scripts."""
     lines = [line.split("  #")[0].strip() for block in (ROOT / "README.md").read_text().split("```")[1::2] for line in block.splitlines()]
-    return sorted({line[line.index("python ") + 7:] for line in lines if "python " in line and ".py" in line and not line.startswith("#")})
+    found = (re.search(r"(?:python|torchrun --nproc_per_node \d+) (\w+\.py.*)", line) for line in lines if not line.startswith("#"))
+    return sorted({match[1] for match in found if match})
 
 
 @pytest.mark.parametrize("command", readme_commands())
