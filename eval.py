@@ -565,7 +565,7 @@ def compare(s, data, folder, ranks, precision, seeds, samples):
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
             painter = uvit_fusion.train(settings, data, run, ranks, precision, resume=(run / "state.pt").exists(), overwrite=True)
-            figures, table = alignment(painter, data, samples)
+            figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0)})
             print_table(alignment_rows(figures, table))
             write_results(run, figures)
             common.write_json(verdict, figures)

@@ -81,8 +81,8 @@ def add_sampling_flags(parser):
     parser.add_argument("--sample-steps", type=common.positive, default=25,
                         help="network evaluations a picture, guidance not counted (default %(default)s)")
     parser.add_argument("--guidance", type=float, help="w in uncond + w (cond - uncond); 1: the conditional model (default: the run's, 3 or 2)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-                        help="guide only where t / T is within (default: everywhere); outside, a step costs half")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help="guide only where t / T is within; outside, a step costs half (default: the run's, 0.6 1 in the toy world, else 0 1)")
     parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
     parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
     parser.add_argument("--noise-seed", type=int, choices=range(10**6), metavar="N", default=0,
@@ -91,7 +91,7 @@ def add_sampling_flags(parser):
 
 def sampling(args):
     """The keyword arguments of a painter's draw() from the flags above."""
-    return dict(steps=args.sample_steps, guidance=args.guidance, interval=tuple(args.guidance_interval), sampler=args.sampler,
+    return dict(steps=args.sample_steps, guidance=args.guidance, interval=args.guidance_interval, sampler=args.sampler,
                 negative=args.negative, seed=args.noise_seed)
 
 

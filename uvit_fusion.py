@@ -90,7 +90,7 @@ class Settings:
     clip_x0: bool = setting(True, 'keep predicted pictures within [-1, 1]: for pixels, not for latents')
     # the training
     batch: int = setting(64, 'pictures a step', low=1)
-    steps: int = setting(3400, 'training steps', low=1)
+    steps: int = setting(3000, 'training steps', low=1)
     time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not', low=1e-3)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
     lr: float = setting(1e-3, 'highest learning rate of AdamW', low=1e-30)
@@ -105,6 +105,8 @@ class Settings:
     drop: float = setting(0.1, 'share of captions replaced by the empty one', low=0, high=1)
     seed: int = setting(0, 'of weights, order and noise', low=0, high=10**6)
     guidance: float = setting(3.0, 'w that pictures are drawn with unless another is asked for')
+    # guided everywhere, 512 captions were 70.9 % right, in this interval 71.3 %, in two thirds of the time
+    guidance_interval: tuple = setting((0.6, 1.0), 'share of the noise levels, t / T, at which they are guided')
     # what it was trained on
     data: str = setting("shapes", '"shapes" (the toy world), a folder in the layout of MS-COCO, or one of pictures with a .txt beside each')
     clip: str = setting("runs/toy/clip", 'CLIP text model: a folder in the Hugging Face format or a name on its hub')
@@ -131,7 +133,7 @@ PRESETS = {
     "coco": dict(size=32, channels=4, text_dim=768, text_length=77, mask_text=False, patch=2, dim=512, depth=12, heads=8, image_blocks=3,
                  caption_blocks=3, init="published", schedule="linear", target="eps", clip_x0=False, time_power=1.0, optimizer="adamw", batch=256,
                  steps=1_000_000, lr=2e-4, warmup=5000, decay=0.0, weight_decay=0.03, betas=(0.9, 0.9), clip_grad=0.0, ema=0.9999,
-                 ema_warmup=False, guidance=2.0, data="coco", clip="openai/clip-vit-large-patch14"),
+                 ema_warmup=False, guidance=2.0, guidance_interval=(0.0, 1.0), data="coco", clip="openai/clip-vit-large-patch14"),
 }
 
 
@@ -426,15 +428,16 @@ class Painter:
         self.side = settings.size * (autoencoder.factor if autoencoder else 1)                        # of the pictures, in pixels
 
     @torch.no_grad()
-    def draw(self, prompts, steps=25, guidance=None, interval=(0.0, 1.0), sampler="dpm", negative="", seed=0, first=0, batch=256,
+    def draw(self, prompts, steps=25, guidance=None, interval=None, sampler="dpm", negative="", seed=0, first=0, batch=256,
              progress=False, film=None):
         """Pictures for prompts: numpy uint8 (len(prompts), H, W, 3).
 
         Picture i has noise of its own, which depends on the seed and on first + i alone, so that two models can be compared picture by
-        picture and a long list drawn in parts. guidance: default that of the settings; interval: see `guided`; film: a list that gets, for
+        picture and a long list drawn in parts. guidance, interval: see `guided`, default those of the settings; film: a list that gets, for
         every step, the pictures (uint8) that the network then believes in.
         """
         s, pictures, films = self.settings, [], []
+        guidance, interval = s.guidance if guidance is None else guidance, s.guidance_interval if interval is None else interval
         null, null_mask = self.encoder([negative])
         bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=not progress)
         for start in range(0, len(prompts), batch):
@@ -446,7 +449,7 @@ class Painter:
             seen = None if film is None else []
             text, mask = self.encoder(some)
             with common.autocast(self.device, self.precision):
-                network = guided(self.model, text, mask, null, null_mask, s.guidance if guidance is None else guidance, interval)
+                network = guided(self.model, text, mask, null, null_mask, guidance, interval)
                 pictures.append(self.to_pictures(self.diffusion.sample(network, noise(), steps, sampler, noise, seen)))
                 films.append([self.to_pictures(x_0) for x_0 in seen or []])
             bar.update(len(some))
