@@ -537,7 +537,8 @@ def cost(device, precision, batch, compiled=False, folder="runs/cost"):
 
 
 # ----------------------------------------------------------------------------------------------------- the paper's comparison
-T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t, 97.5 %, for the mean of so many values
+T_95 = {1: math.nan, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}     # Student's t, 97.5 %, for the mean of so many values: an interval has two ends
+T_BOUND = {1: math.nan, 2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132}   # 95 %, for a bound on one side
 
 
 VARIANTS = {
@@ -575,7 +576,7 @@ def compare(s, data, folder, ranks, precision, seeds, samples):
 
     def mean_and_interval(values):
         spread = np.std(values, ddof=1) if len(values) > 1 else math.nan
-        return float(np.mean(values)), float(T_95.get(len(values), 2.571) * spread / len(values)**0.5)     # six or more: t of six, a little wide
+        return float(np.mean(values)), float(T_95[min(len(values), 5)] * spread / len(values)**0.5)
     cost = step_costs({name: painter.settings for name, painter in painters.items()}, ranks.device, precision)
     rows, figures = [["", "all right, %", "+-", "unseen", "count", "relation", "GFLOPs", "ms a step", "seeds"]], {}
     for name, runs in right.items():
@@ -586,7 +587,10 @@ def compare(s, data, folder, ranks, precision, seeds, samples):
     print_table(rows, f"Fusion variants after {s.steps} steps, {right['early'][0]['samples']} held-out captions each; intervals over seeds")
     difference = [b["all"] - a["all"] for a, b in zip(right["early"], right["intermediate"])]
     figures["difference"], figures["difference_ci"] = mean_and_interval(difference)
-    print(f"intermediate - early, concatenation: {figures['difference']:+.1f} +- {figures['difference_ci']:.1f} points over {len(difference)} seeds")
+    n = min(len(difference), 5)                                      # more seeds: bounds a little wide
+    figures["difference_bound"] = figures["difference"] - figures["difference_ci"] * T_BOUND[n] / T_95[n]
+    print(f"intermediate - early, concatenation: {figures['difference']:+.1f} +- {figures['difference_ci']:.1f} points over {len(difference)} seeds; "
+          f"with 95 % confidence at least {figures['difference_bound']:+.1f}")
     write_results(folder, {name: value for name, value in figures.items() if not math.isnan(value)})
     scenes, captions, _ = validation_prompts(data, s.size, 8)
     pictures = np.concatenate([painter.draw(captions) for painter in painters.values()])
