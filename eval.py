@@ -549,14 +549,16 @@ VARIANTS = {
 }
 
 
-def compare(s, data, folder, ranks, precision, seeds, samples):
-    """The paper's experiment in small: four variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
+def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VARIANTS)):
+    """The paper's experiment in small: the variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
 
-    A run that is finished is kept and an interrupted one goes on, so the command can be given again. Intervals are over seeds.
+    variants: names of VARIANTS, "early" and "intermediate" among them. A run that is finished is kept and an interrupted one goes on, so the
+    command can be given again. Intervals are over seeds.
     """
     validation_prompts(data, s.size, 1)                              # refuses data that cannot be graded before anything is trained
-    folder, right, painters = Path(folder), {name: [] for name in VARIANTS}, {}
-    for seed, (name, change) in itertools.product(range(seeds), VARIANTS.items()):
+    folder, right, painters = Path(folder), {name: [] for name in VARIANTS if name in variants}, {}
+    for seed, name in itertools.product(range(seeds), right):
+        change = VARIANTS[name]
         if seed and change["fusion"] == "cross":
             continue
         run, settings = folder / f"{name}-{seed}", dataclasses.replace(s, seed=seed, **change)

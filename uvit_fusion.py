@@ -658,6 +658,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--run", default="runs/uvit_fusion", help="--analyse: the run to look at (default %(default)s)")
     parser.add_argument("--seeds", type=common.positive, default=3, help="--compare: seeds for concatenation (default %(default)s)")
+    parser.add_argument("--no-cross", action="store_true", help="--compare: leave out the two variants with cross-attention")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
     parser.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints (default %(default)s)")
     parser.add_argument("--workers", type=int, choices=range(65), metavar="N",
@@ -688,7 +689,8 @@ def main():
         if ranks.count > 1:
             raise UserError("--compare trains its variants in one process: without torchrun")
         folder = args.out or ("runs/compare-quick" if args.quick else "runs/compare")
-        grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, args.seeds, args.samples)
+        variants = ("early", "intermediate", *(() if args.no_cross else ("early_cross", "intermediate_cross")))
+        grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, args.seeds, args.samples, variants)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
     if args.preset != "toy":
