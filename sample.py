@@ -158,7 +158,7 @@ def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
     scale = math.log10 if log else float
     xs, ys = [p[0] for p in points], [scale(p[1]) for p in points]
     x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-9), min(ys), max(max(ys), min(ys) + 1e-9)
-    if not log and y0 >= 0:
+    if not log and 0 <= y0 < 0.5 * y1:
         y0 = 0
     sheet = Image.new("RGB", size, "white")
     draw, face = ImageDraw.Draw(sheet), font(11)
@@ -176,6 +176,8 @@ def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
         draw.text((left + (x - x0) / (x1 - x0) * (right - left), bottom + 4), f"{x:.0f}", fill="black", font=face, anchor="ma")
     draw.text(((left + right) / 2, size[1] - 18), x_label, fill="black", font=face, anchor="ma")
     draw.text((left, 2), y_label, fill="black", font=face)
+    high = sum(scale(curve[-1][1]) for curve in curves.values() if curve) / len(curves) > (y0 + y1) / 2
+    legend = bottom - 4 - 14 * len(curves) if high else top + 4                   # where the curves do not end
     for i, (name, curve) in enumerate(curves.items()):
         colour = colours[i % len(colours)]
         if len(curve) > 1:
@@ -183,7 +185,7 @@ def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
         for x, y in curve if len(curve) < 20 else []:
             px, py = at(x, y)
             draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=colour)
-        draw.text((right - 6, top + 4 + 14 * i), name, fill=colour, font=face, anchor="ra")
+        draw.text((right - 6, legend + 14 * i), name, fill=colour, font=face, anchor="ra")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
