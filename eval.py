@@ -568,7 +568,7 @@ def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VA
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
             painter = uvit_fusion.train(settings, data, run, ranks, precision, resume=(run / "state.pt").exists(), overwrite=True)
-            figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0)})
+            figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0), "sampler": "dpm"})
             print_table(alignment_rows(figures, table))
             write_results(run, figures)
             common.write_json(verdict, figures)
@@ -681,7 +681,8 @@ def main():
     if args.steps_curve:
         steps_curve(painter, data, args.samples or 512, sample.sampling(args), painter.folder)
         return
-    how = f"{args.sample_steps} steps of {args.sampler}, guidance {painter.settings.guidance if args.guidance is None else args.guidance:g}"
+    used = painter.settings
+    how = f"{args.sample_steps} steps of {args.sampler or used.sampler}, guidance {used.guidance if args.guidance is None else args.guidance:g}"
     if args.quality:
         weights = Path(args.weights or args.run)
         folder = Path(args.out or (painter.folder if args.weights or weights.is_dir() else weights.with_suffix("")))

@@ -83,7 +83,7 @@ def add_sampling_flags(parser):
     parser.add_argument("--guidance", type=float, help="w in uncond + w (cond - uncond); 1: the conditional model (default: the run's, 3 or 2)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         help="guide only where t / T is within; outside, a step costs half (default: the run's, 0.6 1 in the toy world, else 0 1)")
-    parser.add_argument("--sampler", default="dpm", help="ddpm, ddim or dpm (DPM-Solver++ 2M; default)")
+    parser.add_argument("--sampler", help="ddpm, ddim or dpm, DPM-Solver++ 2M (default: the run's, ddpm in the toy world, else dpm)")
     parser.add_argument("--negative", default="", help="negative prompt, in the place of the empty one")
     parser.add_argument("--noise-seed", type=int, choices=range(10**6), metavar="N", default=0,
                         help="seed of the noise that pictures start from (default %(default)s)")
