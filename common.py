@@ -252,7 +252,7 @@ def collate(items):
 
 
 def batches(dataset, batch, start, stop, seed, workers=None, ranks=None):
-    """A loader of (pictures uint8 (B, 3, S, S), list of captions, list of broken paths), one item a step.
+    """A loader of (pictures uint8 (B, 3, S, S), or what else the data set's `picture` gives, list of captions, broken paths), one item a step.
 
     workers: processes that decode; None chooses none where the pictures are kept in memory, else one a core, eight at most.
     ranks: `Ranks`, of which this one gets its share of each batch.

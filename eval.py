@@ -689,7 +689,7 @@ def main():
         weights = weights / "model.safetensors" if weights.is_dir() else weights
         figures = quality(painter, data, weights, folder, args.samples, args.clip_model, args.inception, args.reference, sample.sampling(args))
         print_table(quality_rows(figures), f"{weights}: {figures['quality_samples']:,} pictures, {how}; against {args.reference or data}; "
-                                                  f"CLIP: {args.clip_model or painter.settings.clip}")
+                                           f"CLIP: {args.clip_model or painter.settings.clip}")
         write_results(folder, figures)
         return
     figures, table = alignment(painter, data, args.samples or 2048, sample.sampling(args))
