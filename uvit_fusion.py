@@ -90,7 +90,7 @@ class Settings:
     clip_x0: bool = setting(True, 'keep predicted pictures within [-1, 1]: for pixels, not for latents')
     # the training
     batch: int = setting(64, 'pictures a step', low=1)
-    steps: int = setting(3000, 'training steps', low=1)
+    steps: int = setting(3500, 'training steps', low=1)
     time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not', low=1e-3)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
     lr: float = setting(1e-3, 'highest learning rate of AdamW', low=1e-30)
