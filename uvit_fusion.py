@@ -274,7 +274,8 @@ class UViT(nn.Module):
 
     def encode_text(self, text, mask=None):
         """text (B, L, text_dim) -> caption tokens (B, L, D). Needs neither t nor x: once per prompt is enough when sampling."""
-        y = self.context_embed(text) + self.pos_embed[:, 1:1 + self.length]
+        y = self.context_embed(text)
+        y = y + self.pos_embed[:, 1:1 + self.length].to(y.dtype)                       # under autocast all tokens stay in bf16, see `denoise`
         bias = self.text_bias(mask, 0, 0)
         for block in self.caption_blocks:
             y = self.run(block, y, bias=bias)
@@ -287,9 +288,12 @@ class UViT(nn.Module):
 
     def denoise(self, x, t, y, mask=None, record=None):
         """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S). record: see `Attention`; one entry a block."""
-        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed[:, 1 + self.length:]             # (B, N, D)
-        patches = x.shape[1]
-        time = time_features(t, x.shape[-1]).to(x.dtype)[:, None] + self.pos_embed[:, :1]                            # (B, 1, D)
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)                                                   # (B, N, D)
+        # under autocast x is bf16; places in fp32 would turn all tokens to fp32, and every linear layer had to turn them back:
+        # drawing took a third more time, a training step 5 % more
+        pos_embed = self.pos_embed.to(x.dtype)
+        patches, x = x.shape[1], x + pos_embed[:, 1 + self.length:]
+        time = time_features(t, x.shape[-1]).to(x.dtype)[:, None] + pos_embed[:, :1]                                 # (B, 1, D)
         x = torch.cat([time, x], dim=1)                                                                              # (B, 1 + N, D)
         extra = 0 if self.cross else y.shape[1]                                        # text tokens that travel with the image
         bias = self.text_bias(mask, 1 + patches, 0) if self.cross else self.text_bias(mask, 1, patches)
