@@ -393,20 +393,11 @@ def save_tensors(tensors, path):
     os.replace(unfinished, path)
 
 
-def load_tensors(path):
-    """Reads a .safetensors file. Raises UserError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
-
-
 def read_weights(path, named, expected=""):
     """The tensors of a weights file by name: .safetensors, or a pickle of tensors (.pth, .pt, .ckpt, .bin), whose code is never run.
 
-    named: the flag and what it was given, with which a UserError begins, if the file is missing, damaged or holds code; expected: its end.
+    named: the flag and what it was given, or what else the file is, with which a UserError begins, if it is missing, damaged or holds code;
+    expected: what its line ends with.
     """
     path = Path(path)
     if not path.is_file():
@@ -421,7 +412,7 @@ def read_weights(path, named, expected=""):
     except Exception as error:                                                # the bytes of a damaged file can lead anywhere
         if "GLOBAL" in str(error):
             raise UserError(f"{named} holds code beside its tensors, which is not run: take the same model's .safetensors file") from None
-        raise UserError(f"{named} cannot be read, being cut off or no file of tensors: download it again{expected}") from None
+        raise UserError(f"{named} is damaged, cut off or no file of tensors: copy or download it again{expected}") from None
 
 
 def load_into(model, tensors, path):

@@ -500,7 +500,7 @@ def load(path, device, precision):
     path = Path(path)
     folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
     s = common.read_settings(Settings, folder)
-    return make_painter(s, common.TextEncoder(s.clip, device), common.load_tensors(weights), weights, folder, precision)
+    return make_painter(s, common.TextEncoder(s.clip, device), common.read_weights(weights, f"checkpoint {weights}"), weights, folder, precision)
 
 
 def make_painter(s, encoder, tensors, weights, folder, precision):
