@@ -346,7 +346,7 @@ class Diffusion:
         """Mean squared error of network(x_t, t) against the target; x_0, eps (B, C, S, S), t (B,)."""
         a, s = self.scales(t, x_0)
         target = {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[self.target]
-        return F.mse_loss(network(a * x_0 + s * eps, t).float(), target)
+        return F.mse_loss(network(self.q_sample(x_0, t, eps), t).float(), target)
 
     def predict(self, output, x_t, t):
         """(x_0, eps) that the network's output stands for."""
@@ -410,11 +410,13 @@ def guided(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
     interval: guide only where t / T lies in it (Kynkaanniemi et al. 2024); elsewhere the conditional model alone draws, at half the cost.
     """
     y = model.encode_text(text, mask)
+    if w == 1:
+        return lambda x, t: model.denoise(x, t, y, mask)
     y_both = torch.cat([y, model.encode_text(null, null_mask).expand(len(text), -1, -1)])
     mask_both = torch.cat([mask, null_mask.expand(len(text), -1)])
 
     def network(x, t):
-        if w == 1 or not interval[0] <= t[0].item() / Diffusion.T <= interval[1]:
+        if not interval[0] <= t[0].item() / Diffusion.T <= interval[1]:
             return model.denoise(x, t, y, mask)
         cond, uncond = model.denoise(torch.cat([x, x]), torch.cat([t, t]), y_both, mask_both).float().chunk(2)
         return uncond + w * (cond - uncond)

@@ -114,6 +114,8 @@ def test_caption_blocks_run_once_per_prompt():
     x, t, text, mask = inputs(SMALL)
     Diffusion("cosine", "x0").sample(guided(model, text, mask, text[:1], mask[:1], 3.0), x, 10)
     assert len(calls) == 2 and len(steps) == 10                     # once for the prompts, once for the empty caption
+    Diffusion("cosine", "x0").sample(guided(model, text, mask, text[:1], mask[:1], 1), x, 2)
+    assert len(calls) == 3                                          # unguided, the empty caption is not read
 
 
 def test_guidance_one_equals_the_conditional_model():
