@@ -434,9 +434,9 @@ def write_json(path, content):
 
 
 # ------------------------------------------------------------------------------------------------------- settings and flags
-def setting(default, text, low=-math.inf, high=math.inf, choices=None):
-    """A field of a dataclass of settings, with the help text of its flag and what `check_limits` allows."""
-    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+def setting(default, text, low=-math.inf, high=math.inf, above=None, choices=None):
+    """A field of a dataclass of settings, with the help text of its flag and what `check_limits` allows: low <= value <= high, above < value."""
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "above": above, "choices": choices})
 
 
 def check_limits(settings):
@@ -445,9 +445,13 @@ def check_limits(settings):
         value, limits, flag = getattr(settings, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
         if limits.get("choices") and value not in limits["choices"]:
             raise UserError(f"{flag} {value}: choose {', '.join(limits['choices'])}")
-        if limits and isinstance(value, (int, float)) and not limits["low"] <= value <= limits["high"]:
-            raise UserError(f"{flag} {value}: choose {limits['low']} to {limits['high']}" if limits["high"] < math.inf else
-                            f"{flag} {value}: choose {limits['low']} or more" if limits["low"] != 1e-30 else f"{flag} {value}: choose more than 0")
+        if not limits or not isinstance(value, (int, float)):
+            continue
+        low, high, above = limits["low"], limits["high"], limits["above"]
+        if above is not None and not value > above:
+            raise UserError(f"{flag} {value}: choose more than {above}")
+        if not low <= value <= high:
+            raise UserError(f"{flag} {value}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
 
 
 def add_setting_flags(parser, settings):

@@ -71,7 +71,7 @@ class Settings:
     size: int = setting(24, 'S, side of the picture (or latent) that the network sees', low=1)
     channels: int = setting(3, 'C, 3 for pixels, 4 for latents', low=1)
     autoencoder: str = setting("", 'file or folder of the Stable Diffusion autoencoder that makes the latents (default: pixels)')
-    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)', low=1e-30)
+    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)', above=0)
     text_dim: int = 128            # set from the text encoder, like the next
     text_length: int = 20          # L
     mask_text: bool = setting(True, 'hide the padding of the caption (published U-ViT: False, trained over padding)')
@@ -93,8 +93,8 @@ class Settings:
     steps: int = setting(3500, 'training steps', low=1)
     time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not', low=1e-3)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
-    lr: float = setting(1e-3, 'highest learning rate of AdamW', low=1e-30)
-    muon_lr: float = setting(0.01, 'highest learning rate of Muon', low=1e-30)
+    lr: float = setting(1e-3, 'highest learning rate of AdamW', above=0)
+    muon_lr: float = setting(0.01, 'highest learning rate of Muon', above=0)
     warmup: int = setting(200, 'steps of linear warm-up', low=0)
     decay: float = setting(1.0, 'share of the steps, at the end, over which the rate falls to zero along a cosine', low=0, high=1)
     weight_decay: float = setting(0.03, 'of either optimiser, on every parameter', low=0)
