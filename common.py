@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 DATA_HELP = ("expected either the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise) "
              "or a folder of pictures with a .txt caption beside each")
@@ -431,6 +433,52 @@ def write_json(path, content):
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(unfinished, path)
+
+
+def collect(path, made_from, shape, dtype, stream, doing, unit="picture", flag="", **more):
+    """An array that takes long to compute, filled batch by batch into a memory-mapped file; interrupted, it goes on at a second start.
+
+    path: of the .npy; a .json beside it tells what the rows were `made_from`, how many are "done", and `more`, which may be another next time.
+    stream(note): iterates over batches of rows, (B, ...), from row note["done"] on, and may keep more in the note; doing: for the progress bar.
+    flag: names another folder; with it, rows made from something else are refused, without, it says so and begins anew.
+    Returns the array and the note. Raises UserError, too, for a file that is damaged and a disk that is too small.
+    """
+    file, note, elsewhere = path.with_suffix(".json"), made_from | more | {"done": 0}, flag and f", or name another folder with {flag}"
+    if file.exists() and (flag or path.exists()):
+        before = read_json(file)
+        other = ", ".join(name for name in made_from if before.get(name) != made_from[name])
+        if other and flag:
+            raise UserError(f"{path.parent}/ holds {path.stem} of something else (other {other}): delete it{elsewhere}")
+        if other:
+            print(f"{file} was made from another {other}: beginning anew")
+        else:
+            note = before
+    if not note["done"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)                                          # first, since it speaks of the array
+        path.unlink(missing_ok=True)
+        needed = math.prod(shape) * np.dtype(dtype).itemsize
+        if shutil.disk_usage(path.parent).free < needed:                      # a memory map that finds the disk full kills the process
+            raise UserError(f"{path} will take {needed / 1e9:.1f} GB, more than the disk has left: make room{elsewhere}")
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        write_json(file, note)
+    elif note["done"] < shape[0]:
+        print(f"{file}: {note['done']:,} of {shape[0]:,} {unit}s are done already")
+    rows = None
+    with contextlib.suppress(OSError, ValueError):
+        rows = np.lib.format.open_memmap(path, "r")                           # r+ would fill up a file that was cut off
+    if rows is None or (rows.shape, rows.dtype) != (shape, dtype):
+        raise UserError(f"{path} is damaged or missing: delete {file.name}{elsewhere}")
+    if note["done"] < shape[0]:
+        rows = np.lib.format.open_memmap(path, "r+")
+        with tqdm(total=shape[0], initial=note["done"], desc=doing, unit=unit) as progress:
+            for batch in stream(note):
+                rows[note["done"]:note["done"] + len(batch)] = batch
+                rows.flush()                                                  # first the rows, then the word that they are there
+                note["done"] += len(batch)
+                write_json(file, note)
+                progress.update(len(batch))
+    return rows, note
 
 
 # ------------------------------------------------------------------------------------------------------- settings and flags

@@ -31,7 +31,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 import common
 import sample
@@ -284,39 +283,6 @@ class Pictures(common.CaptionedImages):
             raise UserError(f"--reference {root} is neither a folder with pictures nor an .npz file")
 
 
-def collect(folder, name, made_from, shape, stream, measure):
-    """Features of N pictures, batch by batch into <folder>/<name>.npy, so that no more than a batch of pictures is ever held.
-
-    shape: (N, K); stream(first): iterates over (pictures (B, H, W, 3), captions) from picture `first` on; measure(pictures, captions) ->
-    (B, K). <name>.json keeps count, with `made_from`: a second start from the same goes on, from another begins anew.
-    Returns a memory-mapped float32 array (N, K).
-    """
-    path, file, note = folder / f"{name}.json", folder / f"{name}.npy", {"made_from": made_from | {"shape": list(shape)}, "done": 0}
-    folder.mkdir(parents=True, exist_ok=True)
-    before = common.read_json(path) if path.exists() and file.exists() else note
-    if other := [key for key, value in note["made_from"].items() if before["made_from"].get(key) != value]:
-        print(f"{path} was made from another {', '.join(other)}: beginning anew")
-    elif before["done"]:
-        note = before
-        print(f"{path}: {note['done']:,} of {shape[0]:,} pictures are done already")
-    if not note["done"]:
-        path.unlink(missing_ok=True)                                           # first, since it speaks of the array
-    try:
-        if note["done"]:
-            np.load(file, mmap_mode="r")                                       # notices a file cut off, which r+ would fill up with zeros
-        rows = np.lib.format.open_memmap(file, "r+" if note["done"] else "w+", np.float32, shape)
-    except ValueError:
-        raise UserError(f"{file} is damaged: remove it, to begin anew") from None
-    with tqdm(total=shape[0], initial=note["done"], desc=name, unit="picture", leave=False) as progress:
-        for pictures, captions in stream(note["done"]) if note["done"] < shape[0] else ():
-            rows[note["done"]:note["done"] + len(pictures)] = measure(pictures, captions).cpu().numpy()
-            rows.flush()
-            note["done"] += len(pictures)
-            common.write_json(path, note)
-            progress.update(len(pictures))
-    return rows
-
-
 def quality(painter, data, weights, folder, samples=None, clip_model=None, inception=None, reference=None, sampling=None, batch=128):
     """Draws validation captions, picture i from noise i, and measures the pictures with CLIP and, where given, Inception; returns the figures.
 
@@ -358,15 +324,18 @@ def quality(painter, data, weights, folder, samples=None, clip_model=None, incep
         return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
     files = [clip.path, *(sha256(path) for path in Path(clip.path).glob("*.safetensors"))]
     models, width = {"CLIP": files, "Inception": network and network.digest, "batch": batch}, clip.dim + 1 + (network.dim if network else 0)
-    made_from = models | {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
-                          "precision": f"{painter.precision}, {painter.device}"}
-    rows = collect(folder, "drawn", made_from, (samples, width), drawn, measure)
+
+    def features(name, made_from, count, stream):                              # of `count` pictures, (count, width)
+        made_from, batches = made_from | {"shape": [count, width]}, lambda note: (measure(*some).cpu().numpy() for some in stream(note["done"]))
+        return common.collect(folder / f"{name}.npy", made_from, (count, width), np.float32, batches, name)[0]
+    rows = features("drawn", models | {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
+                                       "precision": f"{painter.precision}, {painter.device}"}, samples, drawn)
     score, distance = ("tiny_clip_score", "tiny_clip_distance") if clip.tiny else ("clip_score", "cmmd")
     scores = np.array(rows[:, clip.dim], float)
     figures = {score: float(scores.mean()), f"{score}_ci": float(interval(scores)), "quality_samples": samples}
     if not statistics_only:
         listed = digest((path.stat().st_size, path, *texts) for path, texts, _ in pictures.items)
-        others = collect(folder, "reference", models | {"pictures": listed, "side": painter.side}, (len(pictures), width), real, measure)
+        others = features("reference", models | {"pictures": listed, "side": painter.side}, len(pictures), real)
         figures |= {f"{score}_real": float(others[:, clip.dim].mean(dtype=float))} if pictures is dataset else {}
         figures[distance] = cmmd(rows[:, :clip.dim], others[:, :clip.dim])
         if network:
