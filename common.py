@@ -502,27 +502,51 @@ def check_limits(settings):
             raise UserError(f"{flag} {value}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
 
 
-def add_setting_flags(parser, settings):
-    """One flag a field: `image_blocks` -> --image-blocks. Flags that are not given are absent, so that a preset can fill them."""
+def add_setting_flags(parser, settings, named="toy:"):
+    """One flag a field that has a help text: `image_blocks` -> --image-blocks; a switch that is on has its --no-. named: what defaults are called.
+
+    Flags that are not given are absent, so that a preset can fill them.
+    """
     for field in dataclasses.fields(settings):
-        text = field.metadata.get("help")
-        if not text:
+        if not field.metadata:
             continue
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(field.default, tuple):
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+        elif field.type is tuple:
             kind = {"type": float, "nargs": len(field.default)}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} (toy: {field.default})", **kind)
+        text = field.metadata["help"] + ("" if field.default is None or field.default is False else f" ({named} {field.default})")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+
+
+def given(settings, args):
+    """The flags of `add_setting_flags` that were given, as {field: value}."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names}
 
 
 def make_settings(settings, presets, args):
     """The settings of a preset, with the flags that were given put over it. Raises UserError for an unknown preset."""
     if args.preset not in presets:
         raise UserError(f"--preset {args.preset}: choose {' or '.join(presets)}")
-    names = {field.name for field in dataclasses.fields(settings)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names}
-    return settings(**presets[args.preset] | given)
+    return settings(**presets[args.preset] | given(settings, args))
+
+
+@dataclasses.dataclass
+class Options:
+    """How a training is run: unlike the settings, nothing that its result depends on or that the run remembers."""
+    resume: bool = setting(False, "go on with the run in --out")
+    overwrite: bool = setting(False, "start anew in a folder that holds a run")
+    save_every: int = setting(1000, "steps between checkpoints", low=1)
+    workers: int = setting(None, "processes that read pictures (default: none for small pictures and latents, else one a core)", low=0, high=64)
+    latents: str = setting("data/latents", "folder that keeps the latents of the pictures")
+    accumulate: int = setting(1, "parts that a batch is worked through in", low=1)
+    recompute: bool = setting(False, "activation checkpointing: less memory, a third more work")
+    compile: bool = setting(False, "torch.compile (needs a C++ compiler on CPUs)")
+    watch: bool = False                  # on the toy world: grade a few captions now and then, and keep the weights nearest to half right
+
+    def __post_init__(self):
+        check_limits(self)
 
 
 def read_settings(settings, folder):

@@ -536,7 +536,7 @@ def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VA
             common.check_settings(run, settings)
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
-            painter = uvit_fusion.train(settings, data, run, ranks, precision, resume=(run / "state.pt").exists(), overwrite=True)
+            painter = uvit_fusion.train(settings, data, run, ranks, precision, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
             figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0), "sampler": "dpm"})
             print_table(alignment_rows(figures, table))
             write_results(run, figures)

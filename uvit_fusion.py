@@ -534,21 +534,18 @@ def make_optimizers(model, s):
     return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
 
 
-def train(s, data, folder, ranks, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False,
-          accumulate=1, compiled=False, recompute=False, latents="data/latents"):
+def train(s, data, folder, ranks, precision, options=common.Options()):
     """Trains a U-ViT on the captioned pictures in `data` and fills the run folder; returns its painter (EMA weights).
 
     What step n does depends on the settings and on n alone, so a resumed run equals an uninterrupted one, bit for bit on the CPU.
-    ranks: `common.Ranks`; each takes its share of every batch, gradients are averaged, rank 0 writes. watch: on the toy world, look now and
-    then how many captions it gets right, and keep early.safetensors where that is nearest a half. accumulate: parts that a share is worked
-    through in; recompute: activation checkpointing; compiled: torch.compile; latents: folder that keeps the latents of the pictures.
+    ranks: `common.Ranks`; each takes its share of every batch, gradients are averaged, rank 0 writes.
     """
     import eval as grade  # here, since these import this file
     import sample
     folder, device, share = Path(folder), ranks.device, s.batch // ranks.count
-    if share // accumulate * accumulate * ranks.count != s.batch:
-        raise UserError(f"--batch {s.batch} cannot be shared by {ranks.count} processes x {accumulate} parts: "
-                        f"choose a multiple of {ranks.count * accumulate}")
+    if share // options.accumulate * options.accumulate * ranks.count != s.batch:
+        raise UserError(f"--batch {s.batch} cannot be shared by {ranks.count} processes x {options.accumulate} parts: "
+                        f"choose a multiple of {ranks.count * options.accumulate}")
     encoder, autoencoder_model = common.TextEncoder(s.clip, device), load_autoencoder(s, device)
     s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
     torch.manual_seed(s.seed)
@@ -558,14 +555,14 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
         new = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("caption_blocks.") and name not in tensors}
         common.load_into(model, new | tensors, s.init)                  # published weights have no caption blocks: those begin as they are
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    model.recompute = recompute
+    model.recompute = options.recompute
     optimizers = make_optimizers(model, s)
     painter = Painter(ema, encoder, s, folder, device, precision, autoencoder_model)
     with ranks.first():
-        dataset = painter.data(data, "train", latents)
-        state = common.open_run(folder, s, resume, overwrite) if resume or not ranks.rank else None
+        dataset = painter.data(data, "train", options.latents)
+        state = common.open_run(folder, s, options.resume, options.overwrite) if options.resume or not ranks.rank else None
     start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
-    watch = watch and not ranks.rank and "scene" in dataset.items[0][2]
+    watch = options.watch and not ranks.rank and "scene" in dataset.items[0][2]
     if state:
         if state["precision"] != str(precision):
             raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
@@ -574,14 +571,14 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         start, halfway, watch = state["step"], state["halfway"], watch and state["watch"]
-    network = torch.compile(model) if compiled else model
+    network = torch.compile(model) if options.compile else model
     if ranks.count > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     metrics = None if ranks.rank else common.Metrics(folder, ["step", "loss", "lr", "all"], start)
     broken, generator = common.BrokenPictures(len(dataset)), torch.Generator(device)
     uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
     mine, shape = slice(ranks.rank * share, (ranks.rank + 1) * share), (s.batch, s.channels, s.size, s.size)
-    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, workers, ranks)
+    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, options.workers, ranks)
     losses, stop = [], False
 
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step", disable=ranks.rank > 0) as progress:
@@ -598,12 +595,12 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
             # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
             text, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
             model.zero_grad()
-            for part, values in enumerate(zip(*(value.chunk(accumulate) for value in (x_0, t, eps, text, mask))), 1):
+            for part, values in enumerate(zip(*(value.chunk(options.accumulate) for value in (x_0, t, eps, text, mask))), 1):
                 # gradients are averaged over the ranks once a step, with the last part
-                with contextlib.nullcontext() if part == accumulate or ranks.count == 1 else network.no_sync():
+                with contextlib.nullcontext() if part == options.accumulate or ranks.count == 1 else network.no_sync():
                     with common.autocast(device, precision):
                         loss = painter.diffusion.loss(functools.partial(network, text=values[3], mask=values[4]), *values[:3])
-                    (loss / accumulate).backward()
+                    (loss / options.accumulate).backward()
                 losses.append(loss.detach())
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
@@ -615,7 +612,7 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
             progress.update()
 
             # what follows is decided by the step alone, and so by all ranks alike; a Ctrl-C may reach them at different steps
-            save, look = step % save_every == 0 or step == s.steps, step > s.steps // 4 and step % max(1, s.steps // 24) == 0
+            save, look = step % options.save_every == 0 or step == s.steps, step > s.steps // 4 and step % max(1, s.steps // 24) == 0
             if not (save or look or step % 20 == 0 or interrupt.asked and ranks.count == 1):
                 continue
             (mean, asked), losses = ranks.mean([torch.stack(losses).mean().item(), float(interrupt.asked)]), []
@@ -659,19 +656,11 @@ def main():
     action.add_argument("--analyse", action="store_true", help="measure the rank of text-to-image attention, block by block, of --run")
     parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
     parser.add_argument("--out", help="run folder (default runs/uvit_fusion; --quick: runs/quick; --compare: runs/compare)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    common.add_setting_flags(parser, common.Options, "default")
     parser.add_argument("--run", default="runs/uvit_fusion", help="--analyse: the run to look at (default %(default)s)")
     parser.add_argument("--seeds", type=common.positive, default=3, help="--compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--no-cross", action="store_true", help="--compare: leave out the two variants with cross-attention")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
-    parser.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints (default %(default)s)")
-    parser.add_argument("--workers", type=int, choices=range(65), metavar="N",
-                        help="processes that read pictures (default: none for small pictures and latents, else one a core)")
-    parser.add_argument("--latents", default="data/latents", help="folder that keeps the latents of the pictures (default %(default)s)")
-    parser.add_argument("--accumulate", type=common.positive, default=1, help="parts that a batch is worked through in (default %(default)s)")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, a third more work")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler on CPUs)")
     common.add_machine_flags(parser)
     common.add_setting_flags(parser.add_argument_group("settings"), Settings)
     args = parser.parse_args()
@@ -685,7 +674,8 @@ def main():
         painter = sample.load_run(args.run, args.device, args.precision)
         grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.side), painter.folder)
         return
-    s, ranks = common.make_settings(Settings, PRESETS, args), common.Ranks(args.device)
+    s, options = common.make_settings(Settings, PRESETS, args), common.Options(watch=not args.quick, **common.given(common.Options, args))
+    ranks = common.Ranks(args.device)
     precision = ranks.precision(args.precision)
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=min(s.steps, 200), warmup=min(s.warmup, 40)), min(args.samples, 256)
@@ -703,11 +693,10 @@ def main():
     print(f"{s.steps} steps of {s.batch} pictures on {ranks.device}{f' x {ranks.count}' * (ranks.count > 1)} in {str(precision)[6:]}, into {folder}/")
     with ranks.first():
         if not ranks.rank:
-            common.check_run(folder, args.resume, args.overwrite)
+            common.check_run(folder, options.resume, options.overwrite)
         data = toy.prepare(s.data, s.clip, side)
     validation = common.CaptionedImages(data, "val", s.size)                               # now, not after days of training
-    painter = train(s, data, folder, ranks, precision, args.resume, args.overwrite, args.workers, args.save_every, not args.quick,
-                    args.accumulate, args.compile, args.recompute, args.latents)
+    painter = train(s, data, folder, ranks, precision, options)
     if ranks.rank:
         return
     captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(validation.items[:24])]
