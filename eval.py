@@ -125,6 +125,37 @@ def alignment_rows(figures, table):
     return [["held-out captions", "right, %", "+-"], *([label, figures[name], 100 * interval(table[name])] for name, label in ROWS.items())]
 
 
+def keep_halfway(painter, data, halfway):
+    """A look at a training: grades a few captions, and keeps its weights as early.safetensors where they are nearest to half of them right.
+
+    halfway: how far the weights that are kept are from 50 %, in points (inf: none are kept). Returns the percentage right and the new `halfway`.
+    """
+    right = alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
+    if abs(right - 50) < halfway:
+        halfway = abs(right - 50)
+        common.save_tensors(painter.model.state_dict(), painter.folder / "early.safetensors")
+    return right, halfway
+
+
+def report(painter, data, samples, begin, script):
+    """The end of a training: draws validation captions into samples/validation.png and, where they tell of scenes, grades `samples` of them.
+
+    begin: time.time() at the start, script: the method's file; they are measured too. Returns the figures, which are also in results.json.
+    """
+    s, folder, items = painter.settings, painter.folder, common.CaptionedImages(data, "val", painter.side).items
+    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(items[:24])]
+    sample.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
+    print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
+    if "scene" not in items[0][2]:
+        return {}
+    figures, table = alignment(painter, data, samples)
+    print_table(alignment_rows(figures, table), f"{folder}: {figures['samples']} held-out captions, 25 steps of {s.sampler}, guidance {s.guidance:g}")
+    figures |= {"seconds": time.time() - begin, "peak_memory_mb": peak_memory_mb(), "help_seconds": help_seconds(script)}
+    write_results(folder, figures)
+    print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")
+    return figures
+
+
 def steps_curve(painter, data, samples, sampling, folder):
     """Accuracy against the number of sampling steps for the three samplers, as a table and a picture, <folder>/steps.png."""
     numbers, curves = (5, 10, 15, 25, 50, 100), {}

@@ -622,10 +622,7 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
             if not ranks.rank:
                 all_right = ""
                 if watch and look:
-                    all_right = grade.alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
-                    if abs(all_right - 50) < halfway:
-                        halfway = abs(all_right - 50)
-                        common.save_tensors(ema.state_dict(), folder / "early.safetensors")
+                    all_right, halfway = grade.keep_halfway(painter, data, halfway)
                     watch = all_right < 65                                                 # far enough beyond a half not to come back
                 metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
                 progress.set_postfix(loss=f"{mean:.4f}")
@@ -695,20 +692,10 @@ def main():
         if not ranks.rank:
             common.check_run(folder, options.resume, options.overwrite)
         data = toy.prepare(s.data, s.clip, side)
-    validation = common.CaptionedImages(data, "val", s.size)                               # now, not after days of training
+    common.CaptionedImages(data, "val", s.size)                                            # refused now, not after days of training
     painter = train(s, data, folder, ranks, precision, options)
-    if ranks.rank:
-        return
-    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(validation.items[:24])]
-    sample.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
-    print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
-    if "scene" in validation.items[0][2]:
-        figures, table = grade.alignment(painter, data, args.samples)
-        title = f"{folder}: {figures['samples']} held-out captions, 25 steps of {s.sampler}, guidance {s.guidance:g}"
-        grade.print_table(grade.alignment_rows(figures, table), title)
-        figures |= {"seconds": time.time() - begin, "peak_memory_mb": grade.peak_memory_mb(), "help_seconds": grade.help_seconds(__file__)}
-        grade.write_results(folder, figures)
-        print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")
+    if not ranks.rank:
+        grade.report(painter, data, args.samples, begin, __file__)
 
 
 if __name__ == "__main__":
