@@ -122,28 +122,30 @@ def wrap(text, width, face):
     return lines
 
 
-def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titles=None):
+def picture_grid(pictures, texts, path, columns=None, face=None, titles=()):
     """Writes pictures, N of (H, W, 3) uint8, as a grid, each with its text below; `titles` stand at the left of the rows."""
     n, h = len(pictures), len(pictures[0])
-    side = side or max(96, h)
+    side, gap, line = max(96, h), 8, 14
     columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
     face = face or font(11)
-    gap, line = 8, 14
-    wrapped = [wrap(text, side, face) for text in texts]
-    below = max(map(len, wrapped)) * line + 4 if any(texts) else 0
-    heads = [wrap(title, 150, face) for title in titles or []]
-    left = max((face.getlength(part) for lines in heads for part in lines), default=-gap) + 2 * gap
-    rows = math.ceil(n / columns)
-    sheet = Image.new("RGB", (int(left) + columns * (side + gap), gap + rows * (side + below + gap)), "white")
+    wrapped, heads = [wrap(text, side, face) for text in texts], [wrap(title, 150, face) for title in titles]
+    left = int(max((face.getlength(part) for lines in heads for part in lines), default=-gap)) + 2 * gap
+    tops = [gap]                                                     # of the rows; one without texts leaves no room for them
+    for row in range(0, n, columns):
+        lines = max(len(wrapped[i]) if texts[i] else 0 for i in range(row, min(row + columns, n)))
+        tops.append(tops[-1] + side + gap + (lines * line + 4 if lines else 0))
+    sheet = Image.new("RGB", (left + columns * (side + gap), tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
+
+    def write(lines, x, y):
+        for k, text in enumerate(lines):
+            draw.text((x, y + k * line), text, fill="black", font=face)
     for i, (picture, lines) in enumerate(zip(pictures, wrapped)):
-        x, y = int(left) + i % columns * (side + gap), gap + i // columns * (side + below + gap)
+        x, y = left + i % columns * (side + gap), tops[i // columns]
         sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
-        for k, text in enumerate(lines):
-            draw.text((x, y + side + 2 + k * line), text, fill="black", font=face)
-    for row, lines in enumerate(heads):
-        for k, text in enumerate(lines):
-            draw.text((gap, gap + row * (side + below + gap) + side / 2 + (k - len(lines) / 2) * line), text, fill="black", font=face)
+        write(lines, x, y + side + 2)
+    for lines, y in zip(heads, tops):
+        write(lines, gap, y + side / 2 - len(lines) / 2 * line)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
