@@ -206,6 +206,17 @@ def load(path, device="cpu"):
     return model.eval().requires_grad_(False)
 
 
+def load_for(settings, device):
+    """The autoencoder that settings name, or None for a network that sees pixels. Raises UserError if it does not fit."""
+    model = load(settings.autoencoder, device) if settings.autoencoder else None
+    if model is None and settings.channels != 3:
+        raise UserError(f"--channels {settings.channels}: latents need --autoencoder, a file or folder of the Stable Diffusion autoencoder; "
+                        "--channels 3 sees pixels")
+    if model and model.channels != settings.channels:
+        raise UserError(f"--autoencoder {settings.autoencoder} has latents of {model.channels} channels: give --channels {model.channels}")
+    return model
+
+
 # ------------------------------------------------------------------------------------------------------- latents, computed once
 def draw_latents(moments, noise):
     """moments (B, 2, C, s, s), mean and log-variance; noise (B, C, s, s) -> z = mean + exp(logvar / 2) noise, (B, C, s, s) float32."""

@@ -295,6 +295,25 @@ def to_uint8(x):
 
 
 # ------------------------------------------------------------------------------------------------------------- text encoder
+def load_pretrained(kind, path, flag, name, device, **more):
+    """A frozen model of transformers, of class `kind`, and its tokenizer; path: a folder in the Hugging Face format or a name on its hub.
+
+    Raises UserError, with the flag that named it and what it should be the `name` of, if it cannot be loaded or lacks some of its weights.
+    """
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"         # the fused kernel is slow on CPUs at short sequences
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model, info = getattr(transformers, kind).from_pretrained(path, attn_implementation=kernel, output_loading_info=True, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise UserError(f"{flag} {path} cannot be loaded as a {name}: {str(error).strip().splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise UserError(f"{flag} {path} is no {name}: {len(info['missing_keys'])} of its weights are missing")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
 class TextEncoder:
     """A frozen CLIP text model: captions -> features per token.
 
@@ -302,21 +321,8 @@ class TextEncoder:
     Raises UserError if it cannot be loaded.
     """
     def __init__(self, path, device="cpu"):
-        from transformers import AutoTokenizer, CLIPTextModel
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         self.device, self.cut = torch.device(device), 0
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            kernel = "eager" if self.device.type == "cpu" else "sdpa"          # the fused kernel is slow on CPUs at short sequences
-            model, info = CLIPTextModel.from_pretrained(path, attn_implementation=kernel, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--clip {path} cannot be loaded as a CLIP text model: {reason}") from None
-        if info["missing_keys"]:
-            raise UserError(f"--clip {path} is no CLIP text model: {len(info['missing_keys'])} of its weights are missing")
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model, self.tokenizer = load_pretrained("CLIPTextModel", path, "--clip", "CLIP text model", device)
         self.length = self.model.config.max_position_embeddings
         self.dim = self.model.config.hidden_size
 
@@ -388,11 +394,17 @@ def autocast(device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------------ run folder
-def save_tensors(tensors, path):
-    """Writes a .safetensors file whole or not at all."""
+@contextlib.contextmanager
+def whole(path):
+    """Gives a name to write a file under, which takes its own when it is written: so it is there whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+    yield unfinished
     os.replace(unfinished, path)
+
+
+def save_tensors(tensors, path):
+    with whole(path) as unfinished:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
 
 
 def read_weights(path, named, expected=""):
@@ -430,9 +442,8 @@ def load_into(model, tensors, path):
 
 
 def write_json(path, content):
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def collect(path, made_from, shape, dtype, stream, doing, unit="picture", flag="", **more):
@@ -490,15 +501,15 @@ def setting(default, text, low=-math.inf, high=math.inf, above=None, choices=Non
 def check_limits(settings):
     """Raises UserError for a number out of its range (or nan) and for a word that is none of the choices."""
     for field in dataclasses.fields(settings):
-        value, limits, flag = getattr(settings, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
-        if limits.get("choices") and value not in limits["choices"]:
-            raise UserError(f"{flag} {value}: choose {', '.join(limits['choices'])}")
-        if not limits or not isinstance(value, (int, float)):
+        if not field.metadata:
             continue
-        low, high, above = limits["low"], limits["high"], limits["above"]
-        if above is not None and not value > above:
+        value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
+        low, high, above, choices = (field.metadata[name] for name in ("low", "high", "above", "choices"))
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: choose {', '.join(choices)}")
+        if isinstance(value, (int, float)) and above is not None and not value > above:
             raise UserError(f"{flag} {value}: choose more than {above}")
-        if not low <= value <= high:
+        if isinstance(value, (int, float)) and not low <= value <= high:
             raise UserError(f"{flag} {value}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
 
 
@@ -519,17 +530,13 @@ def add_setting_flags(parser, settings, named="toy:"):
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
 
 
-def given(settings, args):
-    """The flags of `add_setting_flags` that were given, as {field: value}."""
-    names = {field.name for field in dataclasses.fields(settings)}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names}
-
-
 def make_settings(settings, presets, args):
-    """The settings of a preset, with the flags that were given put over it. Raises UserError for an unknown preset."""
-    if args.preset not in presets:
+    """The settings of a preset (without presets: the defaults), with the flags that were given put over it. Raises UserError for an unknown one."""
+    if presets and args.preset not in presets:
         raise UserError(f"--preset {args.preset}: choose {' or '.join(presets)}")
-    return settings(**presets[args.preset] | given(settings, args))
+    names = {field.name for field in dataclasses.fields(settings)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names}
+    return settings(**(presets[args.preset] if presets else {}) | given)
 
 
 @dataclasses.dataclass
@@ -588,9 +595,9 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def check_run(folder, resume, overwrite):
+def check_run(folder, options):
     """Refuses to start a training over another by mistake."""
-    if any((Path(folder) / name).exists() for name in ("state.pt", "model.safetensors")) and not resume and not overwrite:
+    if any((Path(folder) / name).exists() for name in ("state.pt", "model.safetensors")) and not options.resume and not options.overwrite:
         raise UserError(f"{folder}/ holds a run already: --resume to go on, --overwrite to start anew, --out for another folder")
 
 
@@ -603,13 +610,13 @@ def check_settings(folder, settings):
                             "give the settings of the first start, or another --out")
 
 
-def open_run(folder, settings, resume, overwrite):
-    """Makes the folder of a training and writes config.json, or checks the one that is there; returns what `save_state` saved, or None.
+def open_run(folder, settings, options):
+    """Makes the folder of a training and writes config.json, or checks the one that is there; returns the content of state.pt, or None.
 
-    Raises UserError if a run is there and neither flag is given, if there is none to resume, or if its settings are others.
+    Raises UserError if a run is there that is neither to be resumed nor overwritten, if there is none to resume, or if its settings are others.
     """
     folder = Path(folder)
-    if resume:
+    if options.resume:
         if not (folder / "state.pt").exists():
             raise UserError(f"--resume: {folder}/ holds no state.pt to go on from: start anew with --overwrite")
         check_settings(folder, settings)
@@ -617,19 +624,12 @@ def open_run(folder, settings, resume, overwrite):
             return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
-    check_run(folder, resume, overwrite)
+    check_run(folder, options)
     for name in ("state.pt", "model.safetensors", "results.json", "compared.json", "early.safetensors"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(settings))
     return None
-
-
-def save_state(folder, state):
-    """Writes state.pt, whole or not at all."""
-    unfinished = Path(folder) / "state.pt.unfinished"
-    torch.save(state, unfinished)
-    os.replace(unfinished, Path(folder) / "state.pt")
 
 
 class Metrics:

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 
 import common
 import sample
@@ -189,22 +188,12 @@ class ClipScorer:
     CLIP looks at less than 224 x 224 pixels. Works in fp32, as a measure should. Raises UserError if it cannot be loaded.
     """
     def __init__(self, path, device="cpu"):
-        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        kernel = "sdpa" if torch.device(device).type != "cpu" else "eager"     # the fused kernel is slow on CPUs at short sequences
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, info = CLIPModel.from_pretrained(path, attn_implementation=kernel, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
-            raise UserError(f"--clip-model {path} cannot be loaded as a CLIP: {str(error).strip().splitlines()[0]}") from None
-        if info["missing_keys"]:
-            raise UserError(f"--clip-model {path} is no whole CLIP, for text and pictures: {len(info['missing_keys'])} of its weights are missing")
+        from transformers import CLIPImageProcessorPil
+        model, self.tokenizer = common.load_pretrained("CLIPModel", path, "--clip-model", "CLIP of text and pictures", device, dtype=torch.float32)
         processor = CLIPImageProcessorPil()                                    # CLIP's own mean and deviation, if the folder names none
         with contextlib.suppress(OSError):
             processor = CLIPImageProcessorPil.from_pretrained(path)
-        self.path, self.device, self.model = str(path), device, model.to(device).eval().requires_grad_(False)
+        self.path, self.device, self.model = str(path), device, model
         self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         self.side, self.length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
         self.dim, self.tiny = model.config.projection_dim, self.side < 224

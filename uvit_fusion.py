@@ -148,17 +148,15 @@ def softmax_attention(q, k, v, bias=None):
     return logits.softmax(-1).to(v.dtype) @ v                                 # (B, H, Q, d)
 
 
-def fused_attention(q, k, v, bias=None):
-    """The same in one kernel that never stores the (Q, K) matrix."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-
-
 def attention(q, k, v, bias=None):
-    """The faster of the two. Forward and backward of (64, 4, 57, 32) on two CPU cores took the softmax 5.1 ms in bf16 and 6.2 in fp32, the
-    kernel 30.6 and 5.4; of (8, 8, 334, 64), the paper's size, 25.5 and 66.0 against 40.8 and 35.7.
+    """The same, and the faster way to it: but for bf16 on CPUs that is one kernel, which never stores the (Q, K) matrix.
+
+    Forward and backward of (64, 4, 57, 32) on two CPU cores took the softmax 5.1 ms in bf16 and 6.2 in fp32, the kernel 30.6 and 5.4;
+    of (8, 8, 334, 64), the paper's size, 25.5 and 66.0 against 40.8 and 35.7.
     """
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return (softmax_attention if plain else fused_attention)(q, k, v, bias)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return softmax_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
 
 
 class Attention(nn.Module):
@@ -211,11 +209,6 @@ class Block(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------ U-ViT
-def patchify(x, p):
-    """(B, C, S, S) -> (B, N, p p C)"""
-    return rearrange(x, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
-
-
 def unpatchify(tokens, p):
     """(B, N, p p C) -> (B, C, S, S)"""
     return rearrange(tokens, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=math.isqrt(tokens.shape[1]), p1=p, p2=p)
@@ -291,28 +284,20 @@ class UViT(nn.Module):
         patches = x.shape[1]
         time = time_features(t, x.shape[-1]).to(x.dtype)[:, None] + self.pos_embed[:, :1]                            # (B, 1, D)
         x = torch.cat([time, x], dim=1)                                                                              # (B, 1 + N, D)
-        extra = 0 if self.cross else y.shape[1]                                        # text tokens that travel with the image
         bias = self.text_bias(mask, 1 + patches, 0) if self.cross else self.text_bias(mask, 1, patches)
         joint = dict(context=y, bias=bias) if self.cross else dict(bias=bias)
-        skips, depth = [], len(self.in_blocks)
-        for i, block in enumerate(self.in_blocks):
-            if i == self.image_blocks:
-                x = self.join(x, y)
-            x = self.run(block, x, record=record, **(joint if i >= self.image_blocks else {}))
-            skips.append(x)
-        if depth == self.image_blocks:
-            x = self.join(x, y)
-        x = self.run(self.mid_block, x, record=record, **joint)
-        for i, block in enumerate(self.out_blocks):
-            if depth - i == self.image_blocks:
-                x = torch.cat([x[:, :1], x[:, 1 + extra:]], dim=1)                     # text is dropped
-            x = self.run(block, x, skips.pop(), record=record, **(joint if depth - i > self.image_blocks else {}))             # last in, first out
+        blocks, v, skips = [*self.in_blocks, self.mid_block, *self.out_blocks], self.image_blocks, []
+        for i, block in enumerate(blocks):
+            if i == v and not self.cross:
+                x = torch.cat([x[:, :1], y, x[:, 1:]], dim=1)                          # [time, text, patches]
+            if i == len(blocks) - v and not self.cross:
+                x = torch.cat([x[:, :1], x[:, -patches:]], dim=1)                      # text is dropped
+            skip = skips.pop() if i > len(blocks) // 2 else None                       # last in, first out
+            x = self.run(block, x, skip, record=record, **(joint if v <= i < len(blocks) - v else {}))
+            if i < len(blocks) // 2:
+                skips.append(x)
         tokens = self.decoder_pred(self.norm(x))[:, -patches:]                         # time, and in early fusion text, is dropped
         return self.final_layer(unpatchify(tokens, self.patch))
-
-    def join(self, x, y):
-        """[time, patches] and [text] -> [time, text, patches]; by cross-attention they stay apart."""
-        return x if self.cross else torch.cat([x[:, :1], y, x[:, 1:]], dim=1)
 
     def forward(self, x, t, text, mask=None, record=None):
         return self.denoise(x, t, self.encode_text(text, mask), mask, record)
@@ -426,10 +411,10 @@ def guided(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
 # ----------------------------------------------------------------------------------------------------------------- drawing
 class Painter:
     """A network with all it needs to draw: what `sample.py`, `eval.py` and the other methods work with."""
-    def __init__(self, model, encoder, settings, folder, device, precision, autoencoder=None):
+    def __init__(self, model, encoder, settings, folder, device, precision):
         self.model, self.encoder, self.settings, self.folder, self.device, self.precision = model, encoder, settings, folder, device, precision
-        self.diffusion, self.autoencoder = Diffusion(settings.schedule, settings.target, settings.clip_x0), autoencoder
-        self.side = settings.size * (autoencoder.factor if autoencoder else 1)                        # of the pictures, in pixels
+        self.diffusion, self.autoencoder = Diffusion(settings.schedule, settings.target, settings.clip_x0), autoencoder.load_for(settings, device)
+        self.side = settings.size * (self.autoencoder.factor if self.autoencoder else 1)              # of the pictures, in pixels
 
     @torch.no_grad()
     def draw(self, prompts, steps=25, guidance=None, interval=None, sampler=None, negative="", seed=0, first=0, batch=256,
@@ -484,19 +469,6 @@ class Painter:
         return Latents(folder, split, self.side, self.autoencoder, self.settings.autoencoder, latents, self.device)
 
 
-def load_autoencoder(s, device):
-    """The autoencoder that the settings name, or None for a network that sees pixels. Raises UserError if it does not fit."""
-    if not s.autoencoder:
-        if s.channels != 3:
-            raise UserError(f"--channels {s.channels}: latents need --autoencoder, a file or folder of the Stable Diffusion autoencoder; "
-                            "--channels 3 sees pixels")
-        return None
-    model = autoencoder.load(s.autoencoder, device)
-    if model.channels != s.channels:
-        raise UserError(f"--autoencoder {s.autoencoder} has latents of {model.channels} channels: give --channels {model.channels}")
-    return model
-
-
 def load(path, device, precision):
     """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""
     path = Path(path)
@@ -512,7 +484,7 @@ def make_painter(s, encoder, tensors, weights, folder, precision):
     if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
         raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
                         "put back the text encoder that it was trained with")
-    return Painter(model, encoder, s, folder, device, precision, load_autoencoder(s, device))
+    return Painter(model, encoder, s, folder, device, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -546,7 +518,7 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
     if share // options.accumulate * options.accumulate * ranks.count != s.batch:
         raise UserError(f"--batch {s.batch} cannot be shared by {ranks.count} processes x {options.accumulate} parts: "
                         f"choose a multiple of {ranks.count * options.accumulate}")
-    encoder, autoencoder_model = common.TextEncoder(s.clip, device), load_autoencoder(s, device)
+    encoder = common.TextEncoder(s.clip, device)
     s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
     torch.manual_seed(s.seed)
     model = UViT(s).to(device)
@@ -557,10 +529,10 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.recompute = options.recompute
     optimizers = make_optimizers(model, s)
-    painter = Painter(ema, encoder, s, folder, device, precision, autoencoder_model)
+    painter = Painter(ema, encoder, s, folder, device, precision)
     with ranks.first():
         dataset = painter.data(data, "train", options.latents)
-        state = common.open_run(folder, s, options.resume, options.overwrite) if options.resume or not ranks.rank else None
+        state = common.open_run(folder, s, options) if options.resume or not ranks.rank else None
     start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
     watch = options.watch and not ranks.rank and "scene" in dataset.items[0][2]
     if state:
@@ -628,9 +600,10 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
                 progress.set_postfix(loss=f"{mean:.4f}")
                 if save or stop:
                     common.save_tensors(ema.state_dict(), folder / "model.safetensors")
-                    common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
-                                               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                                               "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)})
+                    with common.whole(folder / "state.pt") as unfinished:
+                        torch.save({"model": model.state_dict(), "ema": ema.state_dict(),
+                                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                                    "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)}, unfinished)
                     sample.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
             if stop:
                 break
@@ -671,8 +644,7 @@ def main():
         painter = sample.load_run(args.run, args.device, args.precision)
         grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.side), painter.folder)
         return
-    s, options = common.make_settings(Settings, PRESETS, args), common.Options(watch=not args.quick, **common.given(common.Options, args))
-    ranks = common.Ranks(args.device)
+    s, options, ranks = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args), common.Ranks(args.device)
     precision = ranks.precision(args.precision)
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=min(s.steps, 200), warmup=min(s.warmup, 40)), min(args.samples, 256)
@@ -681,7 +653,7 @@ def main():
         if ranks.count > 1:
             raise UserError("--compare trains its variants in one process: without torchrun")
         folder = args.out or ("runs/compare-quick" if args.quick else "runs/compare")
-        variants = ("early", "intermediate", *(() if args.no_cross else ("early_cross", "intermediate_cross")))
+        variants = [name for name in grade.VARIANTS if not (args.no_cross and "cross" in name)]
         grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, args.seeds, args.samples, variants)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
@@ -690,9 +662,10 @@ def main():
     print(f"{s.steps} steps of {s.batch} pictures on {ranks.device}{f' x {ranks.count}' * (ranks.count > 1)} in {str(precision)[6:]}, into {folder}/")
     with ranks.first():
         if not ranks.rank:
-            common.check_run(folder, options.resume, options.overwrite)
+            common.check_run(folder, options)
         data = toy.prepare(s.data, s.clip, side)
     common.CaptionedImages(data, "val", s.size)                                            # refused now, not after days of training
+    options.watch = not args.quick
     painter = train(s, data, folder, ranks, precision, options)
     if not ranks.rank:
         grade.report(painter, data, args.samples, begin, __file__)
