@@ -612,6 +612,8 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
         sys.exit(130)
     if broken.paths:
         print(f"{len(broken.paths)} pictures could not be read and were replaced")
+    if encoder.cut:
+        print(f"{encoder.cut} of the captions, counted each time they came, were longer than {encoder.length} tokens and were cut off")
     return painter
 
 
