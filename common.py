@@ -558,11 +558,9 @@ class Options:
 
 def read_settings(settings, folder):
     """The settings of a run from its config.json."""
-    content = read_json(Path(folder) / "config.json")
-    names = {field.name for field in dataclasses.fields(settings)}
-    if not isinstance(content, dict) or set(content) - names:
-        unknown = ", ".join(sorted(set(content) - names)) if isinstance(content, dict) else "it is no object"
-        raise UserError(f"{folder}/config.json is no configuration of this method (not known: {unknown})")
+    content, names = read_json(Path(folder) / "config.json"), {field.name for field in dataclasses.fields(settings)}
+    if unknown := sorted(set(content) - names) if isinstance(content, dict) else ["it is no object"]:
+        raise UserError(f"{folder}/config.json is no configuration of this method (not known: {', '.join(unknown)})")
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 

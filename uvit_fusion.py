@@ -284,8 +284,7 @@ class UViT(nn.Module):
         patches = x.shape[1]
         time = time_features(t, x.shape[-1]).to(x.dtype)[:, None] + self.pos_embed[:, :1]                            # (B, 1, D)
         x = torch.cat([time, x], dim=1)                                                                              # (B, 1 + N, D)
-        bias = self.text_bias(mask, 1 + patches, 0) if self.cross else self.text_bias(mask, 1, patches)
-        joint = dict(context=y, bias=bias) if self.cross else dict(bias=bias)
+        joint = dict(context=y, bias=self.text_bias(mask, 1 + patches, 0)) if self.cross else dict(bias=self.text_bias(mask, 1, patches))
         blocks, v, skips = [*self.in_blocks, self.mid_block, *self.out_blocks], self.image_blocks, []
         for i, block in enumerate(blocks):
             if i == v and not self.cross:
@@ -429,8 +428,7 @@ class Painter:
         sampler = sampler or s.sampler
         guidance, interval = s.guidance if guidance is None else guidance, s.guidance_interval if interval is None else interval
         null, null_mask = self.encoder([negative])
-        bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=not progress)
-        for start in range(0, len(prompts), batch):
+        for start in tqdm(range(0, len(prompts), batch), desc="drawing", unit="batch", leave=False, disable=not progress):
             some = prompts[start:start + batch]
             generators = [torch.Generator().manual_seed(seed * 10**9 + first + start + i) for i in range(len(some))]
 
@@ -442,8 +440,6 @@ class Painter:
                 network = guided(self.model, text, mask, null, null_mask, guidance, interval)
                 pictures.append(self.to_pictures(self.diffusion.sample(network, noise(), steps, sampler, noise, seen)))
                 films.append([self.to_pictures(x_0) for x_0 in seen or []])
-            bar.update(len(some))
-        bar.close()
         if film is not None:
             film += [np.concatenate(step) for step in zip(*films)]
         return np.concatenate(pictures)
@@ -478,13 +474,13 @@ def load(path, device, precision):
 
 
 def make_painter(s, encoder, tensors, weights, folder, precision):
-    device = encoder.device
-    model = UViT(s).to(device).eval().requires_grad_(False)
+    """The painter of a network of these settings and weights; weights: their file, for messages. Raises UserError if they or the text do not fit."""
+    model = UViT(s).to(encoder.device).eval().requires_grad_(False)
     common.load_into(model, tensors, weights)
     if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
         raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
                         "put back the text encoder that it was trained with")
-    return Painter(model, encoder, s, folder, device, precision)
+    return Painter(model, encoder, s, folder, encoder.device, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
