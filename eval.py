@@ -324,21 +324,21 @@ def quality(painter, data, weights, folder, samples=None, clip_model=None, incep
     target = read_statistics(reference, network.dim) if statistics_only else None                     # refused before anything is drawn
     captions = [random.Random(i).choice(dataset.items[i % len(dataset)][1]) for i in range(samples)]
 
-    def drawn(first):
-        for start in range(first, samples, batch):
-            some = captions[start:start + batch]
-            yield painter.draw(some, **sampling or {}, first=start, batch=batch), some
+    def measure(pictures, captions):                                           # columns: CLIP features, CLIP score, Inception features
+        image = clip.images(pictures)
+        return torch.cat([image, clip.score(image, captions)[:, None], *([network(pictures)] if network else [])], dim=1).cpu().numpy()
 
-    def real(first):
-        places, broken = [(i, i) for i in range(first, len(pictures))], common.BrokenPictures(len(pictures))    # (i, i): with caption i of above
+    def drawn(note):
+        for start in range(note["done"], samples, batch):
+            some = captions[start:start + batch]
+            yield measure(painter.draw(some, **sampling or {}, first=start, batch=batch), some)
+
+    def real(note):
+        places, broken = [(i, i) for i in range(note["done"], len(pictures))], common.BrokenPictures(len(pictures))  # (i, i): with caption i of above
         workers = min(8, os.cpu_count() or 1) if len(pictures) > 5000 else 0
         for some, texts, unread in torch.utils.data.DataLoader(pictures, batch, sampler=places, collate_fn=common.collate, num_workers=workers):
             broken.add(unread, some)
-            yield some.permute(0, 2, 3, 1), texts
-
-    def measure(pictures, captions):                                           # columns: CLIP features, CLIP score, Inception features
-        image = clip.images(pictures)
-        return torch.cat([image, clip.score(image, captions)[:, None], *([network(pictures)] if network else [])], dim=1)
+            yield measure(some.permute(0, 2, 3, 1), texts)
 
     def digest(lines):
         return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
@@ -346,16 +346,17 @@ def quality(painter, data, weights, folder, samples=None, clip_model=None, incep
     models, width = {"CLIP": files, "Inception": network and network.digest, "batch": batch}, clip.dim + 1 + (network.dim if network else 0)
 
     def features(name, made_from, count, stream):                              # of `count` pictures, (count, width)
-        made_from, batches = made_from | {"shape": [count, width]}, lambda note: (measure(*some).cpu().numpy() for some in stream(note["done"]))
-        return common.collect(folder / f"{name}.npy", made_from, (count, width), np.float32, batches, name)[0]
-    rows = features("drawn", models | {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
-                                       "precision": f"{painter.precision}, {painter.device}"}, samples, drawn)
+        made_from = models | made_from | {"shape": [count, width]}
+        return common.collect(folder / f"{name}.npy", made_from, (count, width), np.float32, stream, name)[0]
+    made_from = {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
+                 "precision": f"{painter.precision}, {painter.device}"}
+    rows = features("drawn", made_from, samples, drawn)
     score, distance = ("tiny_clip_score", "tiny_clip_distance") if clip.tiny else ("clip_score", "cmmd")
     scores = np.array(rows[:, clip.dim], float)
     figures = {score: float(scores.mean()), f"{score}_ci": float(interval(scores)), "quality_samples": samples}
     if not statistics_only:
         listed = digest((path.stat().st_size, path, *texts) for path, texts, _ in pictures.items)
-        others = features("reference", models | {"pictures": listed, "side": painter.side}, len(pictures), real)
+        others = features("reference", {"pictures": listed, "side": painter.side}, len(pictures), real)
         figures |= {f"{score}_real": float(others[:, clip.dim].mean(dtype=float))} if pictures is dataset else {}
         figures[distance] = cmmd(rows[:, :clip.dim], others[:, :clip.dim])
         if network:
