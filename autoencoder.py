@@ -16,13 +16,10 @@ One core of a CPU takes 3.3 s to encode such a picture and 6.3 s to decode it, s
 16 kB a picture, 1.4 GB for COCO 2014. The autoencoder is used as published and never trained here. A diffusion model multiplies z by a
 scale of its own (U-ViT on COCO: 0.23010), which belongs to its settings: nothing in this file knows of it.
 """
-import contextlib
 import functools
 import hashlib
-import math
 import os
 import re
-import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -31,7 +28,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from tqdm import tqdm
 
 import common
 from common import UserError
@@ -210,6 +206,17 @@ def load(path, device="cpu"):
     return model.eval().requires_grad_(False)
 
 
+def load_for(settings, device):
+    """The autoencoder that settings name, or None for a network that sees pixels. Raises UserError if it does not fit."""
+    model = load(settings.autoencoder, device) if settings.autoencoder else None
+    if model is None and settings.channels != 3:
+        raise UserError(f"--channels {settings.channels}: latents need --autoencoder, a file or folder of the Stable Diffusion autoencoder; "
+                        "--channels 3 sees pixels")
+    if model and model.channels != settings.channels:
+        raise UserError(f"--autoencoder {settings.autoencoder} has latents of {model.channels} channels: give --channels {model.channels}")
+    return model
+
+
 # ------------------------------------------------------------------------------------------------------- latents, computed once
 def draw_latents(moments, noise):
     """moments (B, 2, C, s, s), mean and log-variance; noise (B, C, s, s) -> z = mean + exp(logvar / 2) noise, (B, C, s, s) float32."""
@@ -243,72 +250,39 @@ class Latents(common.CaptionedImages):
             raise UserError(f"pictures of {size} x {size} pixels do not fit the autoencoder: choose a multiple of {autoencoder.factor}")
         super().__init__(root, split, size)
         self.cache = {}                                                       # stays empty, and tells `common.batches` to start no workers
-        self.folder = Path(folder) / f"{Path(root).resolve().name}-{split}-{size}"
-        self.shape = (len(self), 2, autoencoder.channels, size // autoencoder.factor, size // autoencoder.factor)
+        self.path = Path(folder) / f"{Path(root).resolve().name}-{split}-{size}" / "latents.npy"
         files, encoder = hashlib.sha256(), hashlib.sha256()
         for picture, _, _ in self.items:
             files.update(f"{picture.relative_to(root).as_posix()} {picture.stat().st_size}\n".encode())
         for name, tensor in autoencoder.state_dict().items():
             if name.startswith(("encoder.", "quant_conv.")):                  # another decoder changes no latent
                 encoder.update(name.encode() + tensor.cpu().numpy().tobytes())
-        source = {"split": split, "size": size, "pictures": len(self), "files": files.hexdigest(), "encoder": encoder.hexdigest()}
-        self.state = {"data": str(root), "autoencoder": str(path), **source, "done": 0, "broken": []}
-        if (self.folder / "latents.json").exists():
-            self.state = common.read_json(self.folder / "latents.json")
-            if other := [name for name in source if self.state.get(name) != source[name]]:
-                raise UserError(f"{self.folder}/ holds latents of something else (other {', '.join(other)}): "
-                                "delete it, or name another folder with --latents")
-        if self.state["done"] < len(self):
-            self.fill(autoencoder, torch.device(device), batch)
-        self.broken, self.rows = set(self.state["broken"]), self.open("r")
+        made_from = {"split": split, "size": size, "pictures": len(self), "files": files.hexdigest(), "encoder": encoder.hexdigest()}
+        side, stream = size // autoencoder.factor, functools.partial(self.encode, autoencoder, torch.device(device), batch)
+        self.rows, note = common.collect(self.path, made_from, (len(self), 2, autoencoder.channels, side, side), np.float16, stream,
+                                         f"encoding into {self.path.parent}/", flag="--latents", data=str(root), autoencoder=str(path), broken=[])
+        self.broken = set(note["broken"])
 
     @torch.no_grad()
-    def fill(self, autoencoder, device, batch):
-        """Fills the rows that are not done yet."""
-        state, needed = self.state, 2 * math.prod(self.shape)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not state["done"]:
-            if shutil.disk_usage(self.folder).free < needed:                  # a memory map that finds the disk full kills the process
-                raise UserError(f"{self.folder}/ will take {needed / 1e9:.1f} GB, more than the disk has left: name another with --latents")
-            np.lib.format.open_memmap(self.folder / "latents.npy", "w+", np.float16, self.shape)
-        rows, paths = self.open("r+"), [str(picture) for picture, _, _ in self.items]
+    def encode(self, autoencoder, device, batch, note):
+        """Latents, batch by batch, from picture note["done"] on; note["broken"] gets the numbers of those that cannot be read."""
+        paths = [str(picture) for picture, _, _ in self.items]
         broken = common.BrokenPictures(len(self))
-        broken.paths.update(paths[i] for i in state["broken"])
+        broken.paths.update(paths[i] for i in note["broken"])
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)  # on a CPU reading takes no time beside encoding
-        loader = torch.utils.data.DataLoader(paths[state["done"]:], batch, num_workers=workers,
-                                             collate_fn=functools.partial(read_pictures, size=self.size))
-
-        def save():
-            rows.flush()                                                      # first the rows, then the word that they are there
-            common.write_json(self.folder / "latents.json", state)
-        try:
-            with tqdm(total=len(self), initial=state["done"], desc=f"encoding into {self.folder}/", unit="picture") as progress:
-                for n, (pictures, unread) in enumerate(loader, 1):
-                    moments = torch.stack(autoencoder.encode(common.to_float(pictures.to(device))), dim=1)
-                    stop = state["done"] + len(pictures)
-                    rows[state["done"]:stop] = moments.half().cpu().numpy()
-                    state |= {"done": stop, "broken": state["broken"] + [i for i in range(state["done"], stop) if paths[i] in unread]}
-                    broken.add(unread)
-                    progress.update(len(pictures))
-                    if n % 10 == 0:
-                        save()
-        finally:
-            save()
-
-    def open(self, mode):
-        """The rows, (N, 2, channels, S/f, S/f) float16, as a memory map."""
-        with contextlib.suppress(OSError, ValueError):
-            rows = np.lib.format.open_memmap(self.folder / "latents.npy", mode)
-            if rows.shape == self.shape and rows.dtype == np.float16:
-                return rows
-        raise UserError(f"{self.folder}/latents.npy is missing or damaged: delete the folder, or name another with --latents")
+        for pictures, unread in torch.utils.data.DataLoader(paths[note["done"]:], batch, num_workers=workers,
+                                                            collate_fn=functools.partial(read_pictures, size=self.size)):
+            moments = torch.stack(autoencoder.encode(common.to_float(pictures.to(device))), dim=1)
+            note["broken"] += [i for i in range(note["done"], note["done"] + len(pictures)) if paths[i] in unread]
+            yield moments.half().cpu().numpy()
+            broken.add(unread)                                                # may stop it all, when the batch is kept
 
     def __getstate__(self):
         return vars(self) | {"rows": None}                                    # a memory map would be pickled as a copy of the whole file
 
     def __setstate__(self, state):
         vars(self).update(state)
-        self.rows = self.open("r")
+        self.rows = np.load(self.path, mmap_mode="r")
 
     def picture(self, i):
         """(2, channels, S/f, S/f) float16; raises OSError for a picture that could not be read when it was to be encoded."""

@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 DATA_HELP = ("expected either the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise) "
              "or a folder of pictures with a .txt caption beside each")
@@ -293,6 +295,25 @@ def to_uint8(x):
 
 
 # ------------------------------------------------------------------------------------------------------------- text encoder
+def load_pretrained(kind, path, flag, name, device, **more):
+    """A frozen model of transformers, of class `kind`, and its tokenizer; path: a folder in the Hugging Face format or a name on its hub.
+
+    Raises UserError, with the flag that named it and what it should be the `name` of, if it cannot be loaded or lacks some of its weights.
+    """
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"         # the fused kernel is slow on CPUs at short sequences
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model, info = getattr(transformers, kind).from_pretrained(path, attn_implementation=kernel, output_loading_info=True, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
+        raise UserError(f"{flag} {path} cannot be loaded as a {name}: {str(error).strip().splitlines()[0]}") from None
+    if info["missing_keys"]:
+        raise UserError(f"{flag} {path} is no {name}: {len(info['missing_keys'])} of its weights are missing")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
 class TextEncoder:
     """A frozen CLIP text model: captions -> features per token.
 
@@ -300,21 +321,8 @@ class TextEncoder:
     Raises UserError if it cannot be loaded.
     """
     def __init__(self, path, device="cpu"):
-        from transformers import AutoTokenizer, CLIPTextModel
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         self.device, self.cut = torch.device(device), 0
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            kernel = "eager" if self.device.type == "cpu" else "sdpa"          # the fused kernel is slow on CPUs at short sequences
-            model, info = CLIPTextModel.from_pretrained(path, attn_implementation=kernel, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"--clip {path} cannot be loaded as a CLIP text model: {reason}") from None
-        if info["missing_keys"]:
-            raise UserError(f"--clip {path} is no CLIP text model: {len(info['missing_keys'])} of its weights are missing")
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model, self.tokenizer = load_pretrained("CLIPTextModel", path, "--clip", "CLIP text model", device)
         self.length = self.model.config.max_position_embeddings
         self.dim = self.model.config.hidden_size
 
@@ -386,27 +394,24 @@ def autocast(device, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------------ run folder
-def save_tensors(tensors, path):
-    """Writes a .safetensors file whole or not at all."""
+@contextlib.contextmanager
+def whole(path):
+    """Gives a name to write a file under, which takes its own when it is written: so it is there whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+    yield unfinished
     os.replace(unfinished, path)
 
 
-def load_tensors(path):
-    """Reads a .safetensors file. Raises UserError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
+def save_tensors(tensors, path):
+    with whole(path) as unfinished:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
 
 
 def read_weights(path, named, expected=""):
     """The tensors of a weights file by name: .safetensors, or a pickle of tensors (.pth, .pt, .ckpt, .bin), whose code is never run.
 
-    named: the flag and what it was given, with which a UserError begins, if the file is missing, damaged or holds code; expected: its end.
+    named: the flag and what it was given, or what else the file is, with which a UserError begins, if it is missing, damaged or holds code;
+    expected: what its line ends with.
     """
     path = Path(path)
     if not path.is_file():
@@ -421,7 +426,7 @@ def read_weights(path, named, expected=""):
     except Exception as error:                                                # the bytes of a damaged file can lead anywhere
         if "GLOBAL" in str(error):
             raise UserError(f"{named} holds code beside its tensors, which is not run: take the same model's .safetensors file") from None
-        raise UserError(f"{named} cannot be read, being cut off or no file of tensors: download it again{expected}") from None
+        raise UserError(f"{named} is damaged, cut off or no file of tensors: copy or download it again{expected}") from None
 
 
 def load_into(model, tensors, path):
@@ -437,58 +442,125 @@ def load_into(model, tensors, path):
 
 
 def write_json(path, content):
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def collect(path, made_from, shape, dtype, stream, doing, unit="picture", flag="", **more):
+    """An array that takes long to compute, filled batch by batch into a memory-mapped file; interrupted, it goes on at a second start.
+
+    path: of the .npy; a .json beside it tells what the rows were `made_from`, how many are "done", and `more`, which may be another next time.
+    stream(note): iterates over batches of rows, (B, ...), from row note["done"] on, and may keep more in the note; doing: for the progress bar.
+    flag: names another folder; with it, rows made from something else are refused, without, it says so and begins anew.
+    Returns the array and the note. Raises UserError, too, for a file that is damaged and a disk that is too small.
+    """
+    file, note, elsewhere = path.with_suffix(".json"), made_from | more | {"done": 0}, flag and f", or name another folder with {flag}"
+    if file.exists() and (flag or path.exists()):
+        before = read_json(file)
+        other = ", ".join(name for name in made_from if before.get(name) != made_from[name])
+        if other and flag:
+            raise UserError(f"{path.parent}/ holds {path.stem} of something else (other {other}): delete it{elsewhere}")
+        if other:
+            print(f"{file} was made from another {other}: beginning anew")
+        else:
+            note = before
+    if not note["done"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)                                          # first, since it speaks of the array
+        path.unlink(missing_ok=True)
+        needed = math.prod(shape) * np.dtype(dtype).itemsize
+        if shutil.disk_usage(path.parent).free < needed:                      # a memory map that finds the disk full kills the process
+            raise UserError(f"{path} will take {needed / 1e9:.1f} GB, more than the disk has left: make room{elsewhere}")
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        write_json(file, note)
+    elif note["done"] < shape[0]:
+        print(f"{file}: {note['done']:,} of {shape[0]:,} {unit}s are done already")
+    rows = None
+    with contextlib.suppress(OSError, ValueError):
+        rows = np.lib.format.open_memmap(path, "r")                           # r+ would fill up a file that was cut off
+    if rows is None or (rows.shape, rows.dtype) != (shape, dtype):
+        raise UserError(f"{path} is damaged or missing: delete {file.name}{elsewhere}")
+    if note["done"] < shape[0]:
+        rows = np.lib.format.open_memmap(path, "r+")
+        with tqdm(total=shape[0], initial=note["done"], desc=doing, unit=unit) as progress:
+            for batch in stream(note):
+                rows[note["done"]:note["done"] + len(batch)] = batch
+                rows.flush()                                                  # first the rows, then the word that they are there
+                note["done"] += len(batch)
+                write_json(file, note)
+                progress.update(len(batch))
+    return rows, note
 
 
 # ------------------------------------------------------------------------------------------------------- settings and flags
-def setting(default, text, low=-math.inf, high=math.inf, choices=None):
-    """A field of a dataclass of settings, with the help text of its flag and what `check_limits` allows."""
-    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+def setting(default, text, low=-math.inf, high=math.inf, above=None, choices=None):
+    """A field of a dataclass of settings, with the help text of its flag and what `check_limits` allows: low <= value <= high, above < value."""
+    return dataclasses.field(default=default, metadata={"help": text, "low": low, "high": high, "above": above, "choices": choices})
 
 
 def check_limits(settings):
     """Raises UserError for a number out of its range (or nan) and for a word that is none of the choices."""
     for field in dataclasses.fields(settings):
-        value, limits, flag = getattr(settings, field.name), field.metadata, f"--{field.name.replace('_', '-')}"
-        if limits.get("choices") and value not in limits["choices"]:
-            raise UserError(f"{flag} {value}: choose {', '.join(limits['choices'])}")
-        if limits and isinstance(value, (int, float)) and not limits["low"] <= value <= limits["high"]:
-            raise UserError(f"{flag} {value}: choose {limits['low']} to {limits['high']}" if limits["high"] < math.inf else
-                            f"{flag} {value}: choose {limits['low']} or more" if limits["low"] != 1e-30 else f"{flag} {value}: choose more than 0")
-
-
-def add_setting_flags(parser, settings):
-    """One flag a field: `image_blocks` -> --image-blocks. Flags that are not given are absent, so that a preset can fill them."""
-    for field in dataclasses.fields(settings):
-        text = field.metadata.get("help")
-        if not text:
+        if not field.metadata:
             continue
-        kind = {"type": type(field.default)}
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(field.default, tuple):
+        value, flag = getattr(settings, field.name), f"--{field.name.replace('_', '-')}"
+        low, high, above, choices = (field.metadata[name] for name in ("low", "high", "above", "choices"))
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: choose {', '.join(choices)}")
+        if isinstance(value, (int, float)) and above is not None and not value > above:
+            raise UserError(f"{flag} {value}: choose more than {above}")
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise UserError(f"{flag} {value}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
+
+
+def add_setting_flags(parser, settings, named="toy:"):
+    """One flag a field that has a help text: `image_blocks` -> --image-blocks; a switch that is on has its --no-. named: what defaults are called.
+
+    Flags that are not given are absent, so that a preset can fill them.
+    """
+    for field in dataclasses.fields(settings):
+        if not field.metadata:
+            continue
+        kind = {"type": field.type}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
+        elif field.type is tuple:
             kind = {"type": float, "nargs": len(field.default)}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} (toy: {field.default})", **kind)
+        text = field.metadata["help"] + ("" if field.default is None or field.default is False else f" ({named} {field.default})")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
 
 
 def make_settings(settings, presets, args):
-    """The settings of a preset, with the flags that were given put over it. Raises UserError for an unknown preset."""
-    if args.preset not in presets:
+    """The settings of a preset (without presets: the defaults), with the flags that were given put over it. Raises UserError for an unknown one."""
+    if presets and args.preset not in presets:
         raise UserError(f"--preset {args.preset}: choose {' or '.join(presets)}")
     names = {field.name for field in dataclasses.fields(settings)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if name in names}
-    return settings(**presets[args.preset] | given)
+    return settings(**(presets[args.preset] if presets else {}) | given)
+
+
+@dataclasses.dataclass
+class Options:
+    """How a training is run: unlike the settings, nothing that its result depends on or that the run remembers."""
+    resume: bool = setting(False, "go on with the run in --out")
+    overwrite: bool = setting(False, "start anew in a folder that holds a run")
+    save_every: int = setting(1000, "steps between checkpoints", low=1)
+    workers: int = setting(None, "processes that read pictures (default: none for small pictures and latents, else one a core)", low=0, high=64)
+    latents: str = setting("data/latents", "folder that keeps the latents of the pictures")
+    accumulate: int = setting(1, "parts that a batch is worked through in", low=1)
+    recompute: bool = setting(False, "activation checkpointing: less memory, a third more work")
+    compile: bool = setting(False, "torch.compile (needs a C++ compiler on CPUs)")
+    watch: bool = False                  # on the toy world: grade a few captions now and then, and keep the weights nearest to half right
+
+    def __post_init__(self):
+        check_limits(self)
 
 
 def read_settings(settings, folder):
     """The settings of a run from its config.json."""
-    content = read_json(Path(folder) / "config.json")
-    names = {field.name for field in dataclasses.fields(settings)}
-    if not isinstance(content, dict) or set(content) - names:
-        unknown = ", ".join(sorted(set(content) - names)) if isinstance(content, dict) else "it is no object"
-        raise UserError(f"{folder}/config.json is no configuration of this method (not known: {unknown})")
+    content, names = read_json(Path(folder) / "config.json"), {field.name for field in dataclasses.fields(settings)}
+    if unknown := sorted(set(content) - names) if isinstance(content, dict) else ["it is no object"]:
+        raise UserError(f"{folder}/config.json is no configuration of this method (not known: {', '.join(unknown)})")
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 
@@ -521,9 +593,9 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def check_run(folder, resume, overwrite):
+def check_run(folder, options):
     """Refuses to start a training over another by mistake."""
-    if any((Path(folder) / name).exists() for name in ("state.pt", "model.safetensors")) and not resume and not overwrite:
+    if any((Path(folder) / name).exists() for name in ("state.pt", "model.safetensors")) and not options.resume and not options.overwrite:
         raise UserError(f"{folder}/ holds a run already: --resume to go on, --overwrite to start anew, --out for another folder")
 
 
@@ -536,13 +608,13 @@ def check_settings(folder, settings):
                             "give the settings of the first start, or another --out")
 
 
-def open_run(folder, settings, resume, overwrite):
-    """Makes the folder of a training and writes config.json, or checks the one that is there; returns what `save_state` saved, or None.
+def open_run(folder, settings, options):
+    """Makes the folder of a training and writes config.json, or checks the one that is there; returns the content of state.pt, or None.
 
-    Raises UserError if a run is there and neither flag is given, if there is none to resume, or if its settings are others.
+    Raises UserError if a run is there that is neither to be resumed nor overwritten, if there is none to resume, or if its settings are others.
     """
     folder = Path(folder)
-    if resume:
+    if options.resume:
         if not (folder / "state.pt").exists():
             raise UserError(f"--resume: {folder}/ holds no state.pt to go on from: start anew with --overwrite")
         check_settings(folder, settings)
@@ -550,19 +622,12 @@ def open_run(folder, settings, resume, overwrite):
             return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
-    check_run(folder, resume, overwrite)
+    check_run(folder, options)
     for name in ("state.pt", "model.safetensors", "results.json", "compared.json", "early.safetensors"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(settings))
     return None
-
-
-def save_state(folder, state):
-    """Writes state.pt, whole or not at all."""
-    unfinished = Path(folder) / "state.pt.unfinished"
-    torch.save(state, unfinished)
-    os.replace(unfinished, Path(folder) / "state.pt")
 
 
 class Metrics:

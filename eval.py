@@ -30,8 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from tqdm import tqdm
 
 import common
 import sample
@@ -126,6 +124,37 @@ def alignment_rows(figures, table):
     return [["held-out captions", "right, %", "+-"], *([label, figures[name], 100 * interval(table[name])] for name, label in ROWS.items())]
 
 
+def keep_halfway(painter, data, halfway):
+    """A look at a training: grades a few captions, and keeps its weights as early.safetensors where they are nearest to half of them right.
+
+    halfway: how far the weights that are kept are from 50 %, in points (inf: none are kept). Returns the percentage right and the new `halfway`.
+    """
+    right = alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
+    if abs(right - 50) < halfway:
+        halfway = abs(right - 50)
+        common.save_tensors(painter.model.state_dict(), painter.folder / "early.safetensors")
+    return right, halfway
+
+
+def report(painter, data, samples, begin, script):
+    """The end of a training: draws validation captions into samples/validation.png and, where they tell of scenes, grades `samples` of them.
+
+    begin: time.time() at the start, script: the method's file; they are measured too. Returns the figures, which are also in results.json.
+    """
+    s, folder, items = painter.settings, painter.folder, common.CaptionedImages(data, "val", painter.side).items
+    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(items[:24])]
+    sample.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
+    print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
+    if "scene" not in items[0][2]:
+        return {}
+    figures, table = alignment(painter, data, samples)
+    print_table(alignment_rows(figures, table), f"{folder}: {figures['samples']} held-out captions, 25 steps of {s.sampler}, guidance {s.guidance:g}")
+    figures |= {"seconds": time.time() - begin, "peak_memory_mb": peak_memory_mb(), "help_seconds": help_seconds(script)}
+    write_results(folder, figures)
+    print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")
+    return figures
+
+
 def steps_curve(painter, data, samples, sampling, folder):
     """Accuracy against the number of sampling steps for the three samplers, as a table and a picture, <folder>/steps.png."""
     numbers, curves = (5, 10, 15, 25, 50, 100), {}
@@ -159,22 +188,12 @@ class ClipScorer:
     CLIP looks at less than 224 x 224 pixels. Works in fp32, as a measure should. Raises UserError if it cannot be loaded.
     """
     def __init__(self, path, device="cpu"):
-        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
-        from transformers.utils import logging
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        kernel = "sdpa" if torch.device(device).type != "cpu" else "eager"     # the fused kernel is slow on CPUs at short sequences
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, info = CLIPModel.from_pretrained(path, attn_implementation=kernel, dtype=torch.float32, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
-            raise UserError(f"--clip-model {path} cannot be loaded as a CLIP: {str(error).strip().splitlines()[0]}") from None
-        if info["missing_keys"]:
-            raise UserError(f"--clip-model {path} is no whole CLIP, for text and pictures: {len(info['missing_keys'])} of its weights are missing")
+        from transformers import CLIPImageProcessorPil
+        model, self.tokenizer = common.load_pretrained("CLIPModel", path, "--clip-model", "CLIP of text and pictures", device, dtype=torch.float32)
         processor = CLIPImageProcessorPil()                                    # CLIP's own mean and deviation, if the folder names none
         with contextlib.suppress(OSError):
             processor = CLIPImageProcessorPil.from_pretrained(path)
-        self.path, self.device, self.model = str(path), device, model.to(device).eval().requires_grad_(False)
+        self.path, self.device, self.model = str(path), device, model
         self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         self.side, self.length = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
         self.dim, self.tiny = model.config.projection_dim, self.side < 224
@@ -284,39 +303,6 @@ class Pictures(common.CaptionedImages):
             raise UserError(f"--reference {root} is neither a folder with pictures nor an .npz file")
 
 
-def collect(folder, name, made_from, shape, stream, measure):
-    """Features of N pictures, batch by batch into <folder>/<name>.npy, so that no more than a batch of pictures is ever held.
-
-    shape: (N, K); stream(first): iterates over (pictures (B, H, W, 3), captions) from picture `first` on; measure(pictures, captions) ->
-    (B, K). <name>.json keeps count, with `made_from`: a second start from the same goes on, from another begins anew.
-    Returns a memory-mapped float32 array (N, K).
-    """
-    path, file, note = folder / f"{name}.json", folder / f"{name}.npy", {"made_from": made_from | {"shape": list(shape)}, "done": 0}
-    folder.mkdir(parents=True, exist_ok=True)
-    before = common.read_json(path) if path.exists() and file.exists() else note
-    if other := [key for key, value in note["made_from"].items() if before["made_from"].get(key) != value]:
-        print(f"{path} was made from another {', '.join(other)}: beginning anew")
-    elif before["done"]:
-        note = before
-        print(f"{path}: {note['done']:,} of {shape[0]:,} pictures are done already")
-    if not note["done"]:
-        path.unlink(missing_ok=True)                                           # first, since it speaks of the array
-    try:
-        if note["done"]:
-            np.load(file, mmap_mode="r")                                       # notices a file cut off, which r+ would fill up with zeros
-        rows = np.lib.format.open_memmap(file, "r+" if note["done"] else "w+", np.float32, shape)
-    except ValueError:
-        raise UserError(f"{file} is damaged: remove it, to begin anew") from None
-    with tqdm(total=shape[0], initial=note["done"], desc=name, unit="picture", leave=False) as progress:
-        for pictures, captions in stream(note["done"]) if note["done"] < shape[0] else ():
-            rows[note["done"]:note["done"] + len(pictures)] = measure(pictures, captions).cpu().numpy()
-            rows.flush()
-            note["done"] += len(pictures)
-            common.write_json(path, note)
-            progress.update(len(pictures))
-    return rows
-
-
 def quality(painter, data, weights, folder, samples=None, clip_model=None, inception=None, reference=None, sampling=None, batch=128):
     """Draws validation captions, picture i from noise i, and measures the pictures with CLIP and, where given, Inception; returns the figures.
 
@@ -338,35 +324,39 @@ def quality(painter, data, weights, folder, samples=None, clip_model=None, incep
     target = read_statistics(reference, network.dim) if statistics_only else None                     # refused before anything is drawn
     captions = [random.Random(i).choice(dataset.items[i % len(dataset)][1]) for i in range(samples)]
 
-    def drawn(first):
-        for start in range(first, samples, batch):
-            some = captions[start:start + batch]
-            yield painter.draw(some, **sampling or {}, first=start, batch=batch), some
+    def measure(pictures, captions):                                           # columns: CLIP features, CLIP score, Inception features
+        image = clip.images(pictures)
+        return torch.cat([image, clip.score(image, captions)[:, None], *([network(pictures)] if network else [])], dim=1).cpu().numpy()
 
-    def real(first):
-        places, broken = [(i, i) for i in range(first, len(pictures))], common.BrokenPictures(len(pictures))    # (i, i): with caption i of above
+    def drawn(note):
+        for start in range(note["done"], samples, batch):
+            some = captions[start:start + batch]
+            yield measure(painter.draw(some, **sampling or {}, first=start, batch=batch), some)
+
+    def real(note):
+        places, broken = [(i, i) for i in range(note["done"], len(pictures))], common.BrokenPictures(len(pictures))  # (i, i): with caption i of above
         workers = min(8, os.cpu_count() or 1) if len(pictures) > 5000 else 0
         for some, texts, unread in torch.utils.data.DataLoader(pictures, batch, sampler=places, collate_fn=common.collate, num_workers=workers):
             broken.add(unread, some)
-            yield some.permute(0, 2, 3, 1), texts
-
-    def measure(pictures, captions):                                           # columns: CLIP features, CLIP score, Inception features
-        image = clip.images(pictures)
-        return torch.cat([image, clip.score(image, captions)[:, None], *([network(pictures)] if network else [])], dim=1)
+            yield measure(some.permute(0, 2, 3, 1), texts)
 
     def digest(lines):
         return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
     files = [clip.path, *(sha256(path) for path in Path(clip.path).glob("*.safetensors"))]
     models, width = {"CLIP": files, "Inception": network and network.digest, "batch": batch}, clip.dim + 1 + (network.dim if network else 0)
-    made_from = models | {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
-                          "precision": f"{painter.precision}, {painter.device}"}
-    rows = collect(folder, "drawn", made_from, (samples, width), drawn, measure)
+
+    def features(name, made_from, count, stream):                              # of `count` pictures, (count, width)
+        made_from = models | made_from | {"shape": [count, width]}
+        return common.collect(folder / f"{name}.npy", made_from, (count, width), np.float32, stream, name)[0]
+    made_from = {"weights": sha256(weights), "captions": digest(captions), "sampling": str(sampling),
+                 "precision": f"{painter.precision}, {painter.device}"}
+    rows = features("drawn", made_from, samples, drawn)
     score, distance = ("tiny_clip_score", "tiny_clip_distance") if clip.tiny else ("clip_score", "cmmd")
     scores = np.array(rows[:, clip.dim], float)
     figures = {score: float(scores.mean()), f"{score}_ci": float(interval(scores)), "quality_samples": samples}
     if not statistics_only:
         listed = digest((path.stat().st_size, path, *texts) for path, texts, _ in pictures.items)
-        others = collect(folder, "reference", models | {"pictures": listed, "side": painter.side}, (len(pictures), width), real, measure)
+        others = features("reference", {"pictures": listed, "side": painter.side}, len(pictures), real)
         figures |= {f"{score}_real": float(others[:, clip.dim].mean(dtype=float))} if pictures is dataset else {}
         figures[distance] = cmmd(rows[:, :clip.dim], others[:, :clip.dim])
         if network:
@@ -567,7 +557,7 @@ def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VA
             common.check_settings(run, settings)
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
-            painter = uvit_fusion.train(settings, data, run, ranks, precision, resume=(run / "state.pt").exists(), overwrite=True)
+            painter = uvit_fusion.train(settings, data, run, ranks, precision, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
             figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0), "sampler": "dpm"})
             print_table(alignment_rows(figures, table))
             write_results(run, figures)

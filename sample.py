@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -96,25 +97,43 @@ def sampling(args):
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "Helvetica.ttc",
-         "LiberationSans-Regular.ttf")
+FONTS = ("DejaVuSans.ttf", "LiberationSans-Regular.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "Helvetica.ttc",            # accents
+         "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf",    # and Chinese
+         "PingFang.ttc", "Hiragino Sans GB.ttc", "STHeiti Light.ttc", "Arial Unicode.ttf", "msyh.ttc", "simsun.ttc")
+CJK = "\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef"          # ideographs, kana and their punctuation: written without spaces
 
 
-def font(size=12, path=None):
-    """A font of the system that has accents, or the file that --font names, or Pillow's own."""
+def lacking(face, texts):
+    """The letters of the texts that a font lacks, in one string."""
+    def drawn(letter):
+        mask = face.getmask(letter)
+        return mask.size, bytes(mask)
+    box = drawn("\uffff")                                             # no letter: a font draws what it draws for all that it lacks
+    return "".join(letter for letter in sorted(set("".join(texts))) if not letter.isspace() and drawn(letter) == box)
+
+
+def font(texts=(), path=None, size=11):
+    """The first font of the system that has all letters of the texts, or else lacks fewest; or the file that --font names. Says what is missing."""
+    faces = []
     for name in [path] if path else FONTS:
         with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    if path:
+            faces.append(ImageFont.truetype(name, size))
+            if not lacking(faces[-1], texts):
+                return faces[-1]
+    if path and not faces:
         raise UserError(f"--font {path} is not a font file that can be read")
-    return ImageFont.load_default(size)
+    face = min(faces or [ImageFont.load_default(size)], key=lambda face: len(lacking(face, texts)))
+    if missing := lacking(face, texts):
+        print(f"{f'--font {path} lacks' if path else 'no font found here has all'} letters of the captions, missing are {missing[:40]}"
+              "; sample.py --font FILE names another")
+    return face
 
 
 def wrap(text, width, face):
-    """Breaks a text into lines of at most `width` pixels."""
+    """Breaks a text into lines of at most `width` pixels: at spaces, and between Chinese letters, but not before a stop or a comma."""
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+    for space, word in re.findall(rf"(\s*)([{CJK}][，。、；：！？）》」]*|[^\s{CJK}]+)", text):
+        longer = lines[-1] + (" " if space and lines[-1] else "") + word
         if face.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
@@ -122,28 +141,30 @@ def wrap(text, width, face):
     return lines
 
 
-def picture_grid(pictures, texts, path, columns=None, side=None, face=None, titles=None):
+def picture_grid(pictures, texts, path, columns=None, face=None, titles=()):
     """Writes pictures, N of (H, W, 3) uint8, as a grid, each with its text below; `titles` stand at the left of the rows."""
     n, h = len(pictures), len(pictures[0])
-    side = side or max(96, h)
+    side, gap, line = max(96, h), 8, 14
     columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
-    face = face or font(11)
-    gap, line = 8, 14
-    wrapped = [wrap(text, side, face) for text in texts]
-    below = max(map(len, wrapped)) * line + 4 if any(texts) else 0
-    heads = [wrap(title, 150, face) for title in titles or []]
-    left = max((face.getlength(part) for lines in heads for part in lines), default=-gap) + 2 * gap
-    rows = math.ceil(n / columns)
-    sheet = Image.new("RGB", (int(left) + columns * (side + gap), gap + rows * (side + below + gap)), "white")
+    face = face or font([*texts, *titles])
+    wrapped, heads = [wrap(text, side, face) for text in texts], [wrap(title, 150, face) for title in titles]
+    left = int(max((face.getlength(part) for lines in heads for part in lines), default=-gap)) + 2 * gap
+    tops = [gap]                                                     # of the rows; one without texts leaves no room for them
+    for row in range(0, n, columns):
+        lines = max(len(wrapped[i]) if texts[i] else 0 for i in range(row, min(row + columns, n)))
+        tops.append(tops[-1] + side + gap + (lines * line + 4 if lines else 0))
+    sheet = Image.new("RGB", (left + columns * (side + gap), tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
+
+    def write(lines, x, y):
+        for k, text in enumerate(lines):
+            draw.text((x, y + k * line), text, fill="black", font=face)
     for i, (picture, lines) in enumerate(zip(pictures, wrapped)):
-        x, y = int(left) + i % columns * (side + gap), gap + i // columns * (side + below + gap)
+        x, y = left + i % columns * (side + gap), tops[i // columns]
         sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
-        for k, text in enumerate(lines):
-            draw.text((x, y + side + 2 + k * line), text, fill="black", font=face)
-    for row, lines in enumerate(heads):
-        for k, text in enumerate(lines):
-            draw.text((gap, gap + row * (side + below + gap) + side / 2 + (k - len(lines) / 2) * line), text, fill="black", font=face)
+        write(lines, x, y + side + 2)
+    for lines, y in zip(heads, tops):
+        write(lines, gap, y + side / 2 - len(lines) / 2 * line)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -161,7 +182,7 @@ def plot(curves, path, x_label, y_label, log=False, size=(640, 360)):
     if not log and 0 <= y0 < 0.5 * y1:
         y0 = 0
     sheet = Image.new("RGB", size, "white")
-    draw, face = ImageDraw.Draw(sheet), font(11)
+    draw, face = ImageDraw.Draw(sheet), font()
     left, top, right, bottom = 64, 16, size[0] - 16, size[1] - 40
 
     def at(x, y):
@@ -224,7 +245,7 @@ def main():
     if args.out and Path(args.out).suffix.lower() not in common.PICTURES:
         raise UserError(f"--out {args.out}: name a picture file, such as {args.out}.png")
     painter = load_painter(args)
-    face = font(11, args.font)
+    face = font(prompts, args.font)
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     film = [] if args.film else None
     pictures = painter.draw(texts, **sampling(args), film=film, progress=True)

@@ -71,7 +71,7 @@ class Settings:
     size: int = setting(24, 'S, side of the picture (or latent) that the network sees', low=1)
     channels: int = setting(3, 'C, 3 for pixels, 4 for latents', low=1)
     autoencoder: str = setting("", 'file or folder of the Stable Diffusion autoencoder that makes the latents (default: pixels)')
-    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)', low=1e-30)
+    latent_scale: float = setting(0.23010, 'latents are multiplied by it (U-ViT on MS-COCO: 0.23010; with pixels it has no meaning)', above=0)
     text_dim: int = 128            # set from the text encoder, like the next
     text_length: int = 20          # L
     mask_text: bool = setting(True, 'hide the padding of the caption (published U-ViT: False, trained over padding)')
@@ -93,8 +93,8 @@ class Settings:
     steps: int = setting(3500, 'training steps', low=1)
     time_power: float = setting(0.3, 't = T u^power, u uniform: below 1 draws more noise, where a caption is obeyed or not', low=1e-3)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
-    lr: float = setting(1e-3, 'highest learning rate of AdamW', low=1e-30)
-    muon_lr: float = setting(0.01, 'highest learning rate of Muon', low=1e-30)
+    lr: float = setting(1e-3, 'highest learning rate of AdamW', above=0)
+    muon_lr: float = setting(0.01, 'highest learning rate of Muon', above=0)
     warmup: int = setting(200, 'steps of linear warm-up', low=0)
     decay: float = setting(1.0, 'share of the steps, at the end, over which the rate falls to zero along a cosine', low=0, high=1)
     weight_decay: float = setting(0.03, 'of either optimiser, on every parameter', low=0)
@@ -148,17 +148,15 @@ def softmax_attention(q, k, v, bias=None):
     return logits.softmax(-1).to(v.dtype) @ v                                 # (B, H, Q, d)
 
 
-def fused_attention(q, k, v, bias=None):
-    """The same in one kernel that never stores the (Q, K) matrix."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
-
-
 def attention(q, k, v, bias=None):
-    """The faster of the two. Forward and backward of (64, 4, 57, 32) on two CPU cores took the softmax 5.1 ms in bf16 and 6.2 in fp32, the
-    kernel 30.6 and 5.4; of (8, 8, 334, 64), the paper's size, 25.5 and 66.0 against 40.8 and 35.7.
+    """The same, and the faster way to it: but for bf16 on CPUs that is one kernel, which never stores the (Q, K) matrix.
+
+    Forward and backward of (64, 4, 57, 32) on two CPU cores took the softmax 5.1 ms in bf16 and 6.2 in fp32, the kernel 30.6 and 5.4;
+    of (8, 8, 334, 64), the paper's size, 25.5 and 66.0 against 40.8 and 35.7.
     """
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return (softmax_attention if plain else fused_attention)(q, k, v, bias)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return softmax_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
 
 
 class Attention(nn.Module):
@@ -211,11 +209,6 @@ class Block(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------ U-ViT
-def patchify(x, p):
-    """(B, C, S, S) -> (B, N, p p C)"""
-    return rearrange(x, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p, p2=p)
-
-
 def unpatchify(tokens, p):
     """(B, N, p p C) -> (B, C, S, S)"""
     return rearrange(tokens, "b (h w) (p1 p2 c) -> b c (h p1) (w p2)", h=math.isqrt(tokens.shape[1]), p1=p, p2=p)
@@ -295,28 +288,19 @@ class UViT(nn.Module):
         patches, x = x.shape[1], x + pos_embed[:, 1 + self.length:]
         time = time_features(t, x.shape[-1]).to(x.dtype)[:, None] + pos_embed[:, :1]                                 # (B, 1, D)
         x = torch.cat([time, x], dim=1)                                                                              # (B, 1 + N, D)
-        extra = 0 if self.cross else y.shape[1]                                        # text tokens that travel with the image
-        bias = self.text_bias(mask, 1 + patches, 0) if self.cross else self.text_bias(mask, 1, patches)
-        joint = dict(context=y, bias=bias) if self.cross else dict(bias=bias)
-        skips, depth = [], len(self.in_blocks)
-        for i, block in enumerate(self.in_blocks):
-            if i == self.image_blocks:
-                x = self.join(x, y)
-            x = self.run(block, x, record=record, **(joint if i >= self.image_blocks else {}))
-            skips.append(x)
-        if depth == self.image_blocks:
-            x = self.join(x, y)
-        x = self.run(self.mid_block, x, record=record, **joint)
-        for i, block in enumerate(self.out_blocks):
-            if depth - i == self.image_blocks:
-                x = torch.cat([x[:, :1], x[:, 1 + extra:]], dim=1)                     # text is dropped
-            x = self.run(block, x, skips.pop(), record=record, **(joint if depth - i > self.image_blocks else {}))             # last in, first out
+        joint = dict(context=y, bias=self.text_bias(mask, 1 + patches, 0)) if self.cross else dict(bias=self.text_bias(mask, 1, patches))
+        blocks, v, skips = [*self.in_blocks, self.mid_block, *self.out_blocks], self.image_blocks, []
+        for i, block in enumerate(blocks):
+            if i == v and not self.cross:
+                x = torch.cat([x[:, :1], y, x[:, 1:]], dim=1)                          # [time, text, patches]
+            if i == len(blocks) - v and not self.cross:
+                x = torch.cat([x[:, :1], x[:, -patches:]], dim=1)                      # text is dropped
+            skip = skips.pop() if i > len(blocks) // 2 else None                       # last in, first out
+            x = self.run(block, x, skip, record=record, **(joint if v <= i < len(blocks) - v else {}))
+            if i < len(blocks) // 2:
+                skips.append(x)
         tokens = self.decoder_pred(self.norm(x))[:, -patches:]                         # time, and in early fusion text, is dropped
         return self.final_layer(unpatchify(tokens, self.patch))
-
-    def join(self, x, y):
-        """[time, patches] and [text] -> [time, text, patches]; by cross-attention they stay apart."""
-        return x if self.cross else torch.cat([x[:, :1], y, x[:, 1:]], dim=1)
 
     def forward(self, x, t, text, mask=None, record=None):
         return self.denoise(x, t, self.encode_text(text, mask), mask, record)
@@ -350,7 +334,7 @@ class Diffusion:
         """Mean squared error of network(x_t, t) against the target; x_0, eps (B, C, S, S), t (B,)."""
         a, s = self.scales(t, x_0)
         target = {"eps": eps, "v": a * eps - s * x_0, "x0": x_0}[self.target]
-        return F.mse_loss(network(a * x_0 + s * eps, t).float(), target)
+        return F.mse_loss(network(self.q_sample(x_0, t, eps), t).float(), target)
 
     def predict(self, output, x_t, t):
         """(x_0, eps) that the network's output stands for."""
@@ -414,11 +398,13 @@ def guided(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
     interval: guide only where t / T lies in it (Kynkaanniemi et al. 2024); elsewhere the conditional model alone draws, at half the cost.
     """
     y = model.encode_text(text, mask)
+    if w == 1:
+        return lambda x, t: model.denoise(x, t, y, mask)
     y_both = torch.cat([y, model.encode_text(null, null_mask).expand(len(text), -1, -1)])
     mask_both = torch.cat([mask, null_mask.expand(len(text), -1)])
 
     def network(x, t):
-        if w == 1 or not interval[0] <= t[0].item() / Diffusion.T <= interval[1]:
+        if not interval[0] <= t[0].item() / Diffusion.T <= interval[1]:
             return model.denoise(x, t, y, mask)
         cond, uncond = model.denoise(torch.cat([x, x]), torch.cat([t, t]), y_both, mask_both).float().chunk(2)
         return uncond + w * (cond - uncond)
@@ -428,10 +414,10 @@ def guided(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
 # ----------------------------------------------------------------------------------------------------------------- drawing
 class Painter:
     """A network with all it needs to draw: what `sample.py`, `eval.py` and the other methods work with."""
-    def __init__(self, model, encoder, settings, folder, device, precision, autoencoder=None):
+    def __init__(self, model, encoder, settings, folder, device, precision):
         self.model, self.encoder, self.settings, self.folder, self.device, self.precision = model, encoder, settings, folder, device, precision
-        self.diffusion, self.autoencoder = Diffusion(settings.schedule, settings.target, settings.clip_x0), autoencoder
-        self.side = settings.size * (autoencoder.factor if autoencoder else 1)                        # of the pictures, in pixels
+        self.diffusion, self.autoencoder = Diffusion(settings.schedule, settings.target, settings.clip_x0), autoencoder.load_for(settings, device)
+        self.side = settings.size * (self.autoencoder.factor if self.autoencoder else 1)              # of the pictures, in pixels
 
     @torch.no_grad()
     def draw(self, prompts, steps=25, guidance=None, interval=None, sampler=None, negative="", seed=0, first=0, batch=256,
@@ -446,8 +432,7 @@ class Painter:
         sampler = sampler or s.sampler
         guidance, interval = s.guidance if guidance is None else guidance, s.guidance_interval if interval is None else interval
         null, null_mask = self.encoder([negative])
-        bar = tqdm(total=len(prompts), desc="drawing", unit="picture", leave=False, disable=not progress)
-        for start in range(0, len(prompts), batch):
+        for start in tqdm(range(0, len(prompts), batch), desc="drawing", unit="batch", leave=False, disable=not progress):
             some = prompts[start:start + batch]
             generators = [torch.Generator().manual_seed(seed * 10**9 + first + start + i) for i in range(len(some))]
 
@@ -459,8 +444,6 @@ class Painter:
                 network = guided(self.model, text, mask, null, null_mask, guidance, interval)
                 pictures.append(self.to_pictures(self.diffusion.sample(network, noise(), steps, sampler, noise, seen)))
                 films.append([self.to_pictures(x_0) for x_0 in seen or []])
-            bar.update(len(some))
-        bar.close()
         if film is not None:
             film += [np.concatenate(step) for step in zip(*films)]
         return np.concatenate(pictures)
@@ -486,35 +469,22 @@ class Painter:
         return Latents(folder, split, self.side, self.autoencoder, self.settings.autoencoder, latents, self.device)
 
 
-def load_autoencoder(s, device):
-    """The autoencoder that the settings name, or None for a network that sees pixels. Raises UserError if it does not fit."""
-    if not s.autoencoder:
-        if s.channels != 3:
-            raise UserError(f"--channels {s.channels}: latents need --autoencoder, a file or folder of the Stable Diffusion autoencoder; "
-                            "--channels 3 sees pixels")
-        return None
-    model = autoencoder.load(s.autoencoder, device)
-    if model.channels != s.channels:
-        raise UserError(f"--autoencoder {s.autoencoder} has latents of {model.channels} channels: give --channels {model.channels}")
-    return model
-
-
 def load(path, device, precision):
     """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""
     path = Path(path)
     folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
     s = common.read_settings(Settings, folder)
-    return make_painter(s, common.TextEncoder(s.clip, device), common.load_tensors(weights), weights, folder, precision)
+    return make_painter(s, common.TextEncoder(s.clip, device), common.read_weights(weights, f"checkpoint {weights}"), weights, folder, precision)
 
 
 def make_painter(s, encoder, tensors, weights, folder, precision):
-    device = encoder.device
-    model = UViT(s).to(device).eval().requires_grad_(False)
+    """The painter of a network of these settings and weights; weights: their file, for messages. Raises UserError if they or the text do not fit."""
+    model = UViT(s).to(encoder.device).eval().requires_grad_(False)
     common.load_into(model, tensors, weights)
     if (encoder.dim, encoder.length) != (s.text_dim, s.text_length):
         raise UserError(f"{weights} reads text of {s.text_length} tokens x {s.text_dim}, but {s.clip} gives {encoder.length} x {encoder.dim}: "
                         "put back the text encoder that it was trained with")
-    return Painter(model, encoder, s, folder, device, precision, load_autoencoder(s, device))
+    return Painter(model, encoder, s, folder, encoder.device, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -536,22 +506,19 @@ def make_optimizers(model, s):
     return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
 
 
-def train(s, data, folder, ranks, precision, resume=False, overwrite=False, workers=None, save_every=1000, watch=False,
-          accumulate=1, compiled=False, recompute=False, latents="data/latents"):
+def train(s, data, folder, ranks, precision, options=common.Options()):
     """Trains a U-ViT on the captioned pictures in `data` and fills the run folder; returns its painter (EMA weights).
 
     What step n does depends on the settings and on n alone, so a resumed run equals an uninterrupted one, bit for bit on the CPU.
-    ranks: `common.Ranks`; each takes its share of every batch, gradients are averaged, rank 0 writes. watch: on the toy world, look now and
-    then how many captions it gets right, and keep early.safetensors where that is nearest a half. accumulate: parts that a share is worked
-    through in; recompute: activation checkpointing; compiled: torch.compile; latents: folder that keeps the latents of the pictures.
+    ranks: `common.Ranks`; each takes its share of every batch, gradients are averaged, rank 0 writes.
     """
     import eval as grade  # here, since these import this file
     import sample
     folder, device, share = Path(folder), ranks.device, s.batch // ranks.count
-    if share // accumulate * accumulate * ranks.count != s.batch:
-        raise UserError(f"--batch {s.batch} cannot be shared by {ranks.count} processes x {accumulate} parts: "
-                        f"choose a multiple of {ranks.count * accumulate}")
-    encoder, autoencoder_model = common.TextEncoder(s.clip, device), load_autoencoder(s, device)
+    if share // options.accumulate * options.accumulate * ranks.count != s.batch:
+        raise UserError(f"--batch {s.batch} cannot be shared by {ranks.count} processes x {options.accumulate} parts: "
+                        f"choose a multiple of {ranks.count * options.accumulate}")
+    encoder = common.TextEncoder(s.clip, device)
     s = dataclasses.replace(s, text_dim=encoder.dim, text_length=encoder.length)
     torch.manual_seed(s.seed)
     model = UViT(s).to(device)
@@ -560,14 +527,14 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
         new = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("caption_blocks.") and name not in tensors}
         common.load_into(model, new | tensors, s.init)                  # published weights have no caption blocks: those begin as they are
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    model.recompute = recompute
+    model.recompute = options.recompute
     optimizers = make_optimizers(model, s)
-    painter = Painter(ema, encoder, s, folder, device, precision, autoencoder_model)
+    painter = Painter(ema, encoder, s, folder, device, precision)
     with ranks.first():
-        dataset = painter.data(data, "train", latents)
-        state = common.open_run(folder, s, resume, overwrite) if resume or not ranks.rank else None
+        dataset = painter.data(data, "train", options.latents)
+        state = common.open_run(folder, s, options) if options.resume or not ranks.rank else None
     start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
-    watch = watch and not ranks.rank and "scene" in dataset.items[0][2]
+    watch = options.watch and not ranks.rank and "scene" in dataset.items[0][2]
     if state:
         if state["precision"] != str(precision):
             raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
@@ -576,14 +543,14 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         start, halfway, watch = state["step"], state["halfway"], watch and state["watch"]
-    network = torch.compile(model) if compiled else model
+    network = torch.compile(model) if options.compile else model
     if ranks.count > 1:
         network = nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     metrics = None if ranks.rank else common.Metrics(folder, ["step", "loss", "lr", "all"], start)
     broken, generator = common.BrokenPictures(len(dataset)), torch.Generator(device)
     uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
     mine, shape = slice(ranks.rank * share, (ranks.rank + 1) * share), (s.batch, s.channels, s.size, s.size)
-    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, workers, ranks)
+    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, options.workers, ranks)
     losses, stop = [], False
 
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step", disable=ranks.rank > 0) as progress:
@@ -600,12 +567,12 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
             # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
             text, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
             model.zero_grad()
-            for part, values in enumerate(zip(*(value.chunk(accumulate) for value in (x_0, t, eps, text, mask))), 1):
+            for part, values in enumerate(zip(*(value.chunk(options.accumulate) for value in (x_0, t, eps, text, mask))), 1):
                 # gradients are averaged over the ranks once a step, with the last part
-                with contextlib.nullcontext() if part == accumulate or ranks.count == 1 else network.no_sync():
+                with contextlib.nullcontext() if part == options.accumulate or ranks.count == 1 else network.no_sync():
                     with common.autocast(device, precision):
                         loss = painter.diffusion.loss(functools.partial(network, text=values[3], mask=values[4]), *values[:3])
-                    (loss / accumulate).backward()
+                    (loss / options.accumulate).backward()
                 losses.append(loss.detach())
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip_grad)
@@ -617,7 +584,7 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
             progress.update()
 
             # what follows is decided by the step alone, and so by all ranks alike; a Ctrl-C may reach them at different steps
-            save, look = step % save_every == 0 or step == s.steps, step > s.steps // 4 and step % max(1, s.steps // 24) == 0
+            save, look = step % options.save_every == 0 or step == s.steps, step > s.steps // 4 and step % max(1, s.steps // 24) == 0
             if not (save or look or step % 20 == 0 or interrupt.asked and ranks.count == 1):
                 continue
             (mean, asked), losses = ranks.mean([torch.stack(losses).mean().item(), float(interrupt.asked)]), []
@@ -627,18 +594,16 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
             if not ranks.rank:
                 all_right = ""
                 if watch and look:
-                    all_right = grade.alignment(painter, data, samples=128, sampling={"steps": 10}, progress=False)[0]["all"]
-                    if abs(all_right - 50) < halfway:
-                        halfway = abs(all_right - 50)
-                        common.save_tensors(ema.state_dict(), folder / "early.safetensors")
+                    all_right, halfway = grade.keep_halfway(painter, data, halfway)
                     watch = all_right < 65                                                 # far enough beyond a half not to come back
                 metrics.add(step, mean, s.lr * learning_rate(s, step), all_right)
                 progress.set_postfix(loss=f"{mean:.4f}")
                 if save or stop:
                     common.save_tensors(ema.state_dict(), folder / "model.safetensors")
-                    common.save_state(folder, {"model": model.state_dict(), "ema": ema.state_dict(),
-                                               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                                               "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)})
+                    with common.whole(folder / "state.pt") as unfinished:
+                        torch.save({"model": model.state_dict(), "ema": ema.state_dict(),
+                                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                                    "step": step, "halfway": halfway, "watch": watch, "precision": str(precision)}, unfinished)
                     sample.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "mean squared error", log=True)
             if stop:
                 break
@@ -647,6 +612,8 @@ def train(s, data, folder, ranks, precision, resume=False, overwrite=False, work
         sys.exit(130)
     if broken.paths:
         print(f"{len(broken.paths)} pictures could not be read and were replaced")
+    if encoder.cut:
+        print(f"{encoder.cut} of the captions, counted each time they came, were longer than {encoder.length} tokens and were cut off")
     return painter
 
 
@@ -661,19 +628,11 @@ def main():
     action.add_argument("--analyse", action="store_true", help="measure the rank of text-to-image attention, block by block, of --run")
     parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
     parser.add_argument("--out", help="run folder (default runs/uvit_fusion; --quick: runs/quick; --compare: runs/compare)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    common.add_setting_flags(parser, common.Options, "default")
     parser.add_argument("--run", default="runs/uvit_fusion", help="--analyse: the run to look at (default %(default)s)")
     parser.add_argument("--seeds", type=common.positive, default=3, help="--compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--no-cross", action="store_true", help="--compare: leave out the two variants with cross-attention")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
-    parser.add_argument("--save-every", type=common.positive, default=1000, help="steps between checkpoints (default %(default)s)")
-    parser.add_argument("--workers", type=int, choices=range(65), metavar="N",
-                        help="processes that read pictures (default: none for small pictures and latents, else one a core)")
-    parser.add_argument("--latents", default="data/latents", help="folder that keeps the latents of the pictures (default %(default)s)")
-    parser.add_argument("--accumulate", type=common.positive, default=1, help="parts that a batch is worked through in (default %(default)s)")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, a third more work")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler on CPUs)")
     common.add_machine_flags(parser)
     common.add_setting_flags(parser.add_argument_group("settings"), Settings)
     args = parser.parse_args()
@@ -687,7 +646,7 @@ def main():
         painter = sample.load_run(args.run, args.device, args.precision)
         grade.analyse(painter, toy.prepare(painter.settings.data, painter.settings.clip, painter.side), painter.folder)
         return
-    s, ranks = common.make_settings(Settings, PRESETS, args), common.Ranks(args.device)
+    s, options, ranks = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args), common.Ranks(args.device)
     precision = ranks.precision(args.precision)
     if args.quick:
         s, args.samples = dataclasses.replace(s, steps=min(s.steps, 200), warmup=min(s.warmup, 40)), min(args.samples, 256)
@@ -696,7 +655,7 @@ def main():
         if ranks.count > 1:
             raise UserError("--compare trains its variants in one process: without torchrun")
         folder = args.out or ("runs/compare-quick" if args.quick else "runs/compare")
-        variants = ("early", "intermediate", *(() if args.no_cross else ("early_cross", "intermediate_cross")))
+        variants = [name for name in grade.VARIANTS if not (args.no_cross and "cross" in name)]
         grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, args.seeds, args.samples, variants)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
@@ -705,23 +664,13 @@ def main():
     print(f"{s.steps} steps of {s.batch} pictures on {ranks.device}{f' x {ranks.count}' * (ranks.count > 1)} in {str(precision)[6:]}, into {folder}/")
     with ranks.first():
         if not ranks.rank:
-            common.check_run(folder, args.resume, args.overwrite)
+            common.check_run(folder, options)
         data = toy.prepare(s.data, s.clip, side)
-    validation = common.CaptionedImages(data, "val", s.size)                               # now, not after days of training
-    painter = train(s, data, folder, ranks, precision, args.resume, args.overwrite, args.workers, args.save_every, not args.quick,
-                    args.accumulate, args.compile, args.recompute, args.latents)
-    if ranks.rank:
-        return
-    captions = [texts[i % len(texts)] for i, (_, texts, _) in enumerate(validation.items[:24])]
-    sample.picture_grid(painter.draw(captions), captions, folder / "samples" / "validation.png")
-    print(f"captions of the validation split, drawn: {folder / 'samples' / 'validation.png'}")
-    if "scene" in validation.items[0][2]:
-        figures, table = grade.alignment(painter, data, args.samples)
-        title = f"{folder}: {figures['samples']} held-out captions, 25 steps of {s.sampler}, guidance {s.guidance:g}"
-        grade.print_table(grade.alignment_rows(figures, table), title)
-        figures |= {"seconds": time.time() - begin, "peak_memory_mb": grade.peak_memory_mb(), "help_seconds": grade.help_seconds(__file__)}
-        grade.write_results(folder, figures)
-        print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; figures in {folder / 'results.json'}")
+    common.CaptionedImages(data, "val", s.size)                                            # refused now, not after days of training
+    options.watch = not args.quick
+    painter = train(s, data, folder, ranks, precision, options)
+    if not ranks.rank:
+        grade.report(painter, data, args.samples, begin, __file__)
 
 
 if __name__ == "__main__":

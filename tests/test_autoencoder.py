@@ -432,7 +432,7 @@ def hundreds(tmp_path):
 def test_a_broken_picture_is_noted_replaced_and_reported(hundreds, tiny, capsys, workers):
     for _ in range(2):                                                # as it was encoded, and as it is opened again
         dataset = latents(hundreds, tiny, size=8, batch=64)
-        (number,) = common.read_json(dataset.folder / "latents.json")["broken"]
+        (number,) = common.read_json(dataset.path.with_name("latents.json"))["broken"]
         assert dataset.items[number][0].name == "007.png"
         with pytest.raises(OSError, match="007.png"):
             dataset.picture(number)

@@ -101,7 +101,7 @@ def test_trains_on_latents_and_draws_pictures(tmp_path, coco, clip_folder, autoe
 
 def test_x_0_of_latents_is_scaled_and_drawn_anew(autoencoder_file):
     s = Settings(channels=4, size=8, latent_scale=0.5, clip_x0=False, autoencoder=str(autoencoder_file))
-    painter = uvit_fusion.Painter(None, None, s, None, torch.device("cpu"), torch.float32, uvit_fusion.load_autoencoder(s, "cpu"))
+    painter = uvit_fusion.Painter(None, None, s, None, torch.device("cpu"), torch.float32)
     moments = torch.stack([torch.full((1, 4, 8, 8), 3.0), torch.full((1, 4, 8, 8), 2 * np.log(2.0))], dim=1).half()
     noise = torch.randn(1, 4, 8, 8)
     assert torch.allclose(painter.to_x_0(moments, noise), 0.5 * (3 + 2 * noise), atol=2e-3)

@@ -196,6 +196,17 @@ def test_a_long_caption_is_cut_with_one_warning(clip_folder, capsys):
     assert encoder.cut == 2 and capsys.readouterr().out.count("cut off") == 1
 
 
+@pytest.mark.parametrize("caption, said", [("word " * 100, True), ("two red circles", False)])
+def test_a_training_says_how_many_captions_were_cut(tmp_path, coco, clip_folder, caption, said):
+    notes = coco / "annotations" / "captions_train2017.json"
+    content = json.loads(notes.read_text())
+    for note in content["annotations"]:
+        note["caption"] = caption
+    notes.write_text(json.dumps(content))
+    status, out, errors = train(tmp_path, coco, clip_folder, "--drop", 0, steps=3)                          # three steps of four
+    assert status == 0 and ("\n12 of the captions" in out and "longer than 16 tokens" in out) == said and ("of the captions" in out) == said, errors
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--preset", "huge"], ["--preset huge", "toy"]), (["--size", "18"], ["--size 18", "multiple"]), (["--fusion", "late"], ["--fusion late"]),
     (["--clip", "nowhere"], ["--clip nowhere"]), (["--device", "tpu"], ["--device tpu"]), (["--channels", "4"], ["--channels 4"]),

@@ -7,7 +7,7 @@ import torch
 
 import uvit_fusion
 from common import UserError
-from uvit_fusion import PRESETS, Diffusion, Settings, UViT, fused_attention, guided, patchify, softmax_attention, unpatchify
+from uvit_fusion import PRESETS, Diffusion, Settings, UViT, attention, guided, softmax_attention, unpatchify
 
 # first weights as published: with "fan_in" a block begins as the identity, and would do nothing that a test could see
 SMALL = Settings(size=8, patch=2, dim=32, depth=4, heads=2, text_dim=16, text_length=5, image_blocks=1, caption_blocks=1, init="published")
@@ -60,12 +60,13 @@ def test_fused_attention_equals_softmax():
     q, k, v = torch.randn(2, 4, 7, 8, generator=g), torch.randn(2, 4, 9, 8, generator=g), torch.randn(2, 4, 9, 8, generator=g)
     bias = torch.zeros(2, 1, 1, 9).masked_fill(torch.rand(2, 1, 1, 9, generator=g) < 0.3, -math.inf)
     for b in (None, bias):
-        assert torch.allclose(softmax_attention(q, k, v, b), fused_attention(q, k, v, b), atol=1e-6)
+        assert torch.allclose(softmax_attention(q, k, v, b), attention(q, k, v, b), atol=1e-6)
 
 
-def test_unpatchify_inverts_patchify():
+def test_unpatchify_inverts_the_cutting_into_patches():
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(unpatchify(patchify(x, 2), 2), x)
+    patches = [x[:, :, i:i + 2, j:j + 2].permute(0, 2, 3, 1).flatten(1) for i in range(0, 8, 2) for j in range(0, 8, 2)]
+    assert torch.equal(unpatchify(torch.stack(patches, dim=1), 2), x)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,6 +115,8 @@ def test_caption_blocks_run_once_per_prompt():
     x, t, text, mask = inputs(SMALL)
     Diffusion("cosine", "x0").sample(guided(model, text, mask, text[:1], mask[:1], 3.0), x, 10)
     assert len(calls) == 2 and len(steps) == 10                     # once for the prompts, once for the empty caption
+    Diffusion("cosine", "x0").sample(guided(model, text, mask, text[:1], mask[:1], 1), x, 2)
+    assert len(calls) == 3                                          # unguided, the empty caption is not read
 
 
 def test_guidance_one_equals_the_conditional_model():
