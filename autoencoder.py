@@ -261,6 +261,7 @@ class Latents(common.CaptionedImages):
         side, stream = size // autoencoder.factor, functools.partial(self.encode, autoencoder, torch.device(device), batch)
         self.rows, note = common.collect(self.path, made_from, (len(self), 2, autoencoder.channels, side, side), np.float16, stream,
                                          f"encoding into {self.path.parent}/", flag="--latents", data=str(root), autoencoder=str(path), broken=[])
+        self.row = {path: i for i, (path, _, _) in enumerate(self.items)}     # holds for any choice among the items
         self.broken = set(note["broken"])
 
     @torch.no_grad()
@@ -286,6 +287,7 @@ class Latents(common.CaptionedImages):
 
     def picture(self, i):
         """(2, channels, S/f, S/f) float16; raises OSError for a picture that could not be read when it was to be encoded."""
-        if i in self.broken:
+        row = self.row[self.items[i][0]]
+        if row in self.broken:
             raise OSError(f"{self.items[i][0]} could not be read")
-        return torch.from_numpy(self.rows[i].copy())
+        return torch.from_numpy(self.rows[row].copy())

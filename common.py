@@ -11,6 +11,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -203,12 +204,13 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def picture(self, i):
         """(3, S, S) uint8; raises one of BROKEN."""
-        if self.cache is None or i not in self.cache:
-            picture = torch.from_numpy(load_picture(self.items[i][0], self.size).copy()).permute(2, 0, 1)
+        path = self.items[i][0]
+        if self.cache is None or path not in self.cache:
+            picture = torch.from_numpy(load_picture(path, self.size).copy()).permute(2, 0, 1)
             if self.cache is None:
                 return picture
-            self.cache[i] = picture
-        return self.cache[i]
+            self.cache[path] = picture
+        return self.cache[path]
 
     def __getitem__(self, index):
         i, draw = index
@@ -306,11 +308,13 @@ def load_pretrained(kind, path, flag, name, device, **more):
     kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"         # the fused kernel is slow on CPUs at short sequences
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if kind == "AutoModel" and "t5" in transformers.AutoConfig.from_pretrained(path).model_type:
+            kind = "AutoModelForTextEncoding"                                  # of T5 the half that reads
         model, info = getattr(transformers, kind).from_pretrained(path, attn_implementation=kernel, output_loading_info=True, **more)
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError) as error:
         raise UserError(f"{flag} {path} cannot be loaded as a {name}: {str(error).strip().splitlines()[0]}") from None
-    if info["missing_keys"]:
-        raise UserError(f"{flag} {path} is no {name}: {len(info['missing_keys'])} of its weights are missing")
+    if missing := [name for name in info["missing_keys"] if "pooler" not in name]:      # BERT's pooler is often left out, and asked by nobody
+        raise UserError(f"{flag} {path} is no {name}: {len(missing)} of its weights are missing")
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -345,6 +349,92 @@ class TextEncoder:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):      # a large CLIP in fp32 would cost a GPU
             features = self.model(tokens.input_ids.to(self.device)).last_hidden_state                   # as much as the whole training step
         return features.float(), tokens.attention_mask.bool().to(self.device)
+
+
+class LLMEncoder:
+    """A frozen language model, causal (Llama, Qwen, Gemma) or encoder (T5, BERT), as a reader: texts -> hidden states per token.
+
+    path: a folder in the Hugging Face format or a name on its hub; layer: 0 is the embeddings, -1 the last layer; instruction: a text put
+    before each prompt, whose own tokens are cut off again; dtype: of the weights. `dim` is D, `length` the most tokens it reads.
+    `identity` names the model, down to its weights: features of another do not fit. Raises UserError if it cannot be loaded.
+    """
+    def __init__(self, path, layer=-1, instruction="", device="cpu", dtype=torch.float32):
+        self.device, self.layer, self.instruction, self.cut = torch.device(device), layer, instruction, 0
+        self.model, self.tokenizer = load_pretrained("AutoModel", path, "--llm", "language model", device, dtype=dtype)
+        text = self.model.config.get_text_config()
+        layers = text.num_hidden_layers
+        if not -layers - 1 <= layer <= layers:
+            raise UserError(f"--llm-layer {layer}: {path} has layers 0 (the embeddings) to {layers}, or -1 (the last) to {-layers - 1}")
+        self.dim = text.hidden_size
+        # tokenizers without a limit of their own name a huge one, T5 has no limit of places: 4096 tokens are enough for a prompt
+        self.length = min(self.tokenizer.model_max_length, getattr(text, "max_position_embeddings", None) or 4096, 4096)
+        start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.pad = next(token for token in (pad, end, start, 0) if token is not None)                  # Llama has none of its own
+        self.alone = next(token for token in (start, end, self.pad) if token is not None)
+        weights = hashlib.sha256(instruction.encode() + str(layer % (layers + 1)).encode())
+        for name, tensor in self.model.state_dict().items():                  # the beginning of each tensor: all of 7 billion took a minute
+            weights.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
+        self.identity = weights.hexdigest()
+
+    def tokens(self, texts):
+        """Token numbers of each text, behind those of the instruction, which are as many as the second list says."""
+        whole, heads = self.tokenizer([self.instruction + text for text in texts]).input_ids, [0] * len(texts)
+        if self.instruction:
+            alone = self.tokenizer(self.instruction).input_ids
+            # as many as the two have in common: at the seam a token may belong to both, at the end some tokenizers put a mark
+            heads = [min(len(os.path.commonprefix([alone, ids])), len(ids) - 1, self.length - 1) for ids in whole]
+        over = sum(len(ids) > self.length for ids in whole)
+        if over and not self.cut:
+            print(f"\nwarning: a text is longer than the {self.length} tokens that {self.model.config.model_type} reads; its end is cut off "
+                  "(further ones are only counted)")
+        self.cut += over
+        return [ids[:self.length] or [self.alone] for ids in whole], heads     # some tokenizers make nothing of the empty prompt
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        """texts: a list of B strings. Returns features (B, n, D) float32 and mask (B, n) bool, True on real tokens, n those of the longest."""
+        ids, heads = self.tokens(texts)
+        rows = [torch.tensor(row) for row in ids]
+        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad).to(self.device)
+        lengths = torch.tensor([len(row) for row in ids], device=self.device)
+        places = torch.arange(tokens.shape[1], device=self.device)
+        mask = places < lengths[:, None]
+        features = self.model(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=True).hidden_states[self.layer]
+        heads = torch.tensor(heads, device=self.device)[:, None]              # each row begins behind its own instruction
+        n = int((lengths[:, None] - heads).max())
+        features = features.gather(1, (heads + places[:n]).clamp(max=len(places) - 1)[..., None].expand(-1, -1, self.dim))
+        return features.float(), places[:n] < lengths[:, None] - heads
+
+
+class CachedLLM:
+    """What an `LLMEncoder` makes of many texts, computed once into a memory-mapped file, float16; it is called as the encoder is.
+
+    folder gets features.npy, (tokens of all texts, D), and features.json, which says what they were made from; interrupted, it goes on.
+    A text that is not among them is read by the encoder. Raises UserError if the folder holds those of another model or of other texts.
+    """
+    def __init__(self, llm, texts, folder, batch=32):
+        texts = sorted(set(texts), key=lambda text: (len(text), text))        # texts of like length side by side
+        self.llm, self.dim, self.device, self.place = llm, llm.dim, llm.device, {text: i for i, text in enumerate(texts)}
+        parts = [texts[i:i + batch] for i in range(0, len(texts), batch)]
+        self.begin = np.cumsum([0] + [len(ids) - head for part in parts for ids, head in zip(*llm.tokens(part))])
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+        def stream(note):
+            first = np.searchsorted(self.begin, note["done"])
+            for start in range(first, len(texts), batch):
+                features, mask = llm(texts[start:start + batch])
+                yield features[mask].clamp(-65_000, 65_000).half().cpu().numpy()
+        self.rows, _ = collect(Path(folder) / "features.npy", {"model": llm.identity, "texts": digest}, (int(self.begin[-1]), llm.dim), np.float16,
+                               stream, f"reading {len(texts):,} texts", "token", "--features")
+
+    def __call__(self, texts):
+        """As `LLMEncoder`: features (B, n, D), mask (B, n)."""
+        if any(text not in self.place for text in texts):
+            return self.llm(texts)
+        spans = [(self.begin[self.place[text]], self.begin[self.place[text] + 1]) for text in texts]
+        features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(self.rows[a:b].astype(np.float32)) for a, b in spans], batch_first=True)
+        mask = torch.arange(features.shape[1]) < torch.tensor([b - a for a, b in spans])[:, None]
+        return features.to(self.device), mask.to(self.device)
 
 
 # ------------------------------------------------------------------------------------------------------ device and precision
@@ -507,10 +597,11 @@ def check_limits(settings):
         low, high, above, choices = (field.metadata[name] for name in ("low", "high", "above", "choices"))
         if choices and value not in choices:
             raise UserError(f"{flag} {value}: choose {', '.join(choices)}")
-        if isinstance(value, (int, float)) and above is not None and not value > above:
-            raise UserError(f"{flag} {value}: choose more than {above}")
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            raise UserError(f"{flag} {value}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
+        for number in value if isinstance(value, tuple) else [value] if isinstance(value, (int, float)) else []:
+            if above is not None and not number > above:
+                raise UserError(f"{flag} {number}: choose more than {above}")
+            if not low <= number <= high:
+                raise UserError(f"{flag} {number}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
 
 
 def add_setting_flags(parser, settings, named="toy:"):
@@ -525,7 +616,7 @@ def add_setting_flags(parser, settings, named="toy:"):
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction if field.default else "store_true"}
         elif field.type is tuple:
-            kind = {"type": float, "nargs": len(field.default)}
+            kind = {"type": type(field.default[0]), "nargs": len(field.default)}
         text = field.metadata["help"] + ("" if field.default is None or field.default is False else f" ({named} {field.default})")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
 
@@ -556,11 +647,11 @@ class Options:
         check_limits(self)
 
 
-def read_settings(settings, folder):
-    """The settings of a run from its config.json."""
-    content, names = read_json(Path(folder) / "config.json"), {field.name for field in dataclasses.fields(settings)}
+def read_settings(settings, folder, name="config.json"):
+    """The settings of a run from its config.json, or of what it stands on from another file of that kind."""
+    content, names = read_json(Path(folder) / name), {field.name for field in dataclasses.fields(settings)}
     if unknown := sorted(set(content) - names) if isinstance(content, dict) else ["it is no object"]:
-        raise UserError(f"{folder}/config.json is no configuration of this method (not known: {', '.join(unknown)})")
+        raise UserError(f"{folder}/{name} is no configuration of this method (not known: {', '.join(unknown)})")
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in content.items()})
 
 
@@ -623,8 +714,9 @@ def open_run(folder, settings, options):
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
     check_run(folder, options)
-    for name in ("state.pt", "model.safetensors", "results.json", "compared.json", "early.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    for name in ("state.pt", "*.safetensors", "results.json", "compared.json", "metrics*.csv"):
+        for old in folder.glob(name):
+            old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(settings))
     return None
@@ -632,8 +724,8 @@ def open_run(folder, settings, options):
 
 class Metrics:
     """metrics.csv, a row every so many steps; the first column is the step. On resuming, rows beyond the checkpoint's step are dropped."""
-    def __init__(self, folder, names, start=0):
-        self.path = Path(folder) / "metrics.csv"
+    def __init__(self, folder, names, start=0, file="metrics.csv"):
+        self.path = Path(folder) / file
         rows = []
         if start and self.path.exists():
             rows = [row for row in csv.reader(open(self.path)) if row and row[0].isdigit() and int(row[0]) <= start]

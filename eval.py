@@ -108,11 +108,15 @@ def alignment(painter, data, samples=2048, sampling=None, batch=256, progress=Tr
     Returns (figures, table): figures in % are all, all_ci, all_unseen, count, colour, shape and relation, with samples; table holds for
     each the verdicts, an array of 0 and 1 with a row a caption, nan where a field does not apply (relation: scenes of one group).
     """
-    from toy.shapes import FIELDS, judge, parse
     scenes, captions, unseen = validation_prompts(data, painter.settings.size, samples)
-    pictures = painter.draw(captions, **sampling or {}, batch=batch, progress=progress)
-    judged = [judge(things, scene) for things, scene in zip(parse(pictures), scenes)]
-    table = {field: np.array([verdict[field] for verdict in judged], float) for field in FIELDS}
+    return judged(painter.draw(captions, **sampling or {}, batch=batch, progress=progress), scenes, unseen)
+
+
+def judged(pictures, scenes, unseen):
+    """What the exact judge says of pictures, uint8 (N, H, W, 3), each drawn for one of the scenes: see `alignment`."""
+    from toy.shapes import FIELDS, judge, parse
+    verdicts = [judge(things, scene) for things, scene in zip(parse(pictures), scenes)]
+    table = {field: np.array([verdict[field] for verdict in verdicts], float) for field in FIELDS}
     table["relation"][[scene.relation is None for scene in scenes]] = np.nan
     table["all_unseen"] = np.where(unseen, table["all"], np.nan)
     figures = {name: 100 * float(np.nanmean(table[name])) for name in ROWS}
@@ -220,6 +224,19 @@ class ClipScorer:
     def score(self, image, captions):
         """CLIP score (Hessel et al. 2021, arXiv 2104.08718), 2.5 max(cos, 0): image features (B, D) and B captions -> (B,)."""
         return 2.5 * (image * self.texts([self.prefix + caption for caption in captions])).sum(-1).clamp(min=0)
+
+
+class Aesthetic:
+    """A linear head on CLIP's picture features, in a file of tensors "weight" (1, D) and "bias" (1,): how good a picture looks (LAION's
+    aesthetic predictors are of this kind). pictures uint8 (N, H, W, 3) -> (N,). Raises UserError if it does not fit the CLIP."""
+    def __init__(self, path, clip):
+        tensors = common.read_weights(path, f"--scorer {path}")
+        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {"weight": (1, clip.dim), "bias": (1,)}:
+            raise UserError(f"--scorer {path} is no linear head on the features of {clip.path}: expected weight (1, {clip.dim}) and bias (1,)")
+        self.clip, self.weight, self.bias = clip, tensors["weight"][0].to(clip.device), tensors["bias"].to(clip.device)
+
+    def __call__(self, pictures, batch=256):
+        return torch.cat([self.clip.images(pictures[i:i + batch]) @ self.weight + self.bias for i in range(0, len(pictures), batch)])
 
 
 class Inception:

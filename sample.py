@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import common
 from common import UserError
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
-METHODS = ("uvit_fusion",)
+METHODS = ("uvit_fusion", "llm_adapter")
 
 
 def load_run(path, device="auto", precision="auto"):
@@ -40,6 +41,16 @@ def load_run(path, device="auto", precision="auto"):
         raise UserError(f"{folder}/config.json names the method {method!r}; known are {', '.join(METHODS)}")
     device = common.pick_device(device)
     return importlib.import_module(method).load(path, device, common.pick_precision(precision, device))
+
+
+def load_or_train(path, device, precision):
+    """The painter of the base model in a run folder; the toy world's flagship is trained first if it is not there."""
+    if Path(path) == Path("runs/uvit_fusion") and not (Path(path) / "model.safetensors").exists():
+        print(f"there is no flagship in {path}/ yet: training it first, as python uvit_fusion.py --train does")
+        script = Path(__file__).with_name("uvit_fusion.py")
+        if code := subprocess.run([sys.executable, script, "--train", "--device", device, "--precision", precision]).returncode:
+            sys.exit(code)                                                            # it has said why
+    return load_run(path, device, precision)
 
 
 def load_published(weights, autoencoder, clip, device, precision):

@@ -2,12 +2,13 @@
 from pathlib import Path
 
 
-def prepare(data, clip, size=24):
+def prepare(data, clip, size=24, llm=""):
     """Builds what the toy world lacks for these settings; returns the folder of the data.
 
-    data: "shapes", or the folder of other data, which is returned as it is; clip: the text encoder; size: pixels of the scenes.
+    data: "shapes", or the folder of other data, which is returned as it is; clip: the text encoder; size: pixels of the scenes; llm: the
+    language model, if there is one: then the toy world's pairs of sentences, pictures of differing quality and their scorer are built too.
     """
-    from toy import experts, shapes
+    from toy import experts, shapes, tellings
     known = data == "shapes"
     folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size) if known else data
     if Path(clip) == experts.CLIP_FOLDER:
@@ -15,4 +16,10 @@ def prepare(data, clip, size=24):
             print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for {data} name a real one: "
                   "--clip openai/clip-vit-large-patch14")
         experts.clip(shapes.build())
+    if Path(llm) == experts.LLM_FOLDER:
+        experts.llm(shapes.build())
+    if known and llm:
+        tellings.build_parallel(folder)
+        shapes.build_quality(folder, size)
+        experts.scorer()
     return folder

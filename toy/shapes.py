@@ -15,6 +15,7 @@ The judge grades; it must never be trained on. Some (count, colour, shape) tripl
     python -m toy.shapes                       # writes data/shapes and a contact sheet, data/shapes/sheet.png
 """
 import json
+import math
 import os
 import random
 import shutil
@@ -327,8 +328,11 @@ def outline(thing):
     return [float(v) for px, py in points for v in (thing.x + px * thing.radius, thing.y + py * thing.radius)]
 
 
-def write_split(folder, split, scenes, size, rng):
-    """Writes `<split>2017/*.png`, `annotations/captions_<split>2017.json` and `annotations/instances_<split>2017.json`."""
+def write_split(folder, split, scenes, size, rng, spoil=None):
+    """Writes `<split>2017/*.png`, `annotations/captions_<split>2017.json` and `annotations/instances_<split>2017.json`.
+
+    spoil(picture, things, rng) -> (picture, quality): changes the pictures, and says in the annotations how good they still are.
+    """
     folder = Path(folder)
     (folder / f"{split}2017").mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
@@ -338,9 +342,12 @@ def write_split(folder, split, scenes, size, rng):
     for i, scene in enumerate(tqdm(scenes, desc=f"drawing {split} scenes", leave=False)):
         things = layout(scene, rng)
         name = f"{i:012d}.png"
-        Image.fromarray(render(things, size, rng)).save(folder / f"{split}2017" / name, compress_level=1)
+        picture = render(things, size, rng)
         images.append({"id": i, "file_name": name, "width": size, "height": size, "scene": asdict(scene),
                        "unseen": any(map(held_out, scene.groups))})
+        if spoil:
+            picture, images[-1]["quality"] = spoil(picture, things, rng)
+        Image.fromarray(picture).save(folder / f"{split}2017" / name, compress_level=1)
         told += [{"id": 5 * i + k, "image_id": i, "caption": text} for k, text in enumerate(captions(scene, rng))]
         for thing in things:
             polygon = [round(v * size, 2) for v in outline(thing)]
@@ -352,6 +359,35 @@ def write_split(folder, split, scenes, size, rng):
     notes = folder / "annotations"
     (notes / f"captions_{split}2017.json").write_text(json.dumps({"images": images, "annotations": told}))
     (notes / f"instances_{split}2017.json").write_text(json.dumps({"images": images, "annotations": instances, "categories": categories}))
+
+
+def spoil(picture, things, rng):
+    """A picture (S, S, 3) made worse in up to four ways: pale colours, ragged edges, blur, noise; and its quality, from 0 to 1."""
+    pale, ragged, blur, noise = (rng.random() * (rng.random() < 0.5) for _ in range(4))
+    size, random_ = len(picture), np.random.default_rng(rng.getrandbits(32))
+    x = picture.astype(float)
+    if ragged:                                                          # each object loses pixels of its border
+        for thing in things:
+            alpha = coverage(thing.shape, thing.x, thing.y, thing.radius, size)[0]
+            eaten = (random_.random(alpha.shape) < 0.5 * ragged) & (alpha > 0) & (alpha < 0.9)
+            x[eaten] = np.median(x.reshape(-1, 3), axis=0)
+    x = x + 0.6 * pale * (245 - x)
+    if blur:                                                            # a mean of each pixel and its eight neighbours
+        around = np.stack([nine(x[None, :, :, c])[:, 0].mean(0) for c in range(3)], axis=-1)
+        x = (1 - 0.7 * blur) * x + 0.7 * blur * around
+    x = x + 20 * noise * random_.standard_normal(x.shape)
+    quality = math.prod(1 - 0.8 * amount for amount in (pale, ragged, blur, noise))
+    return np.clip(x.round(), 0, 255).astype(np.uint8), round(quality, 4)
+
+
+def build_quality(folder="data/shapes", size=24, count=8_192, seed=1):
+    """Adds the split "quality" to a data set: further pictures of scenes as in training, spoilt, each with a "quality" in the annotations."""
+    folder = Path(folder)
+    if not (folder / "annotations" / "instances_quality2017.json").exists():
+        rng = random.Random(seed)
+        shutil.rmtree(folder / "quality2017", ignore_errors=True)        # of an interrupted build
+        write_split(folder, "quality", [random_scene(rng) for _ in range(count)], size, rng, spoil)
+    return folder
 
 
 def build(folder="data/shapes", size=24, train=20_000, val=4_096, seed=0):

@@ -13,8 +13,12 @@ colour of grass") needs a language model that has read more. Here is what it rea
 
 The tables are keyed by the words of `toy.shapes` ("circle", "red", 1, "above"); '[a|b]' in them stands for a or b, '/' parts the forms of a word.
 """
+import json
+import os
+import random
 import re
 from itertools import product
+from pathlib import Path
 
 from toy import shapes
 from toy.shapes import COLOURS, NUMBERS, OPPOSITE, PREPOSITIONS, SHAPES
@@ -106,6 +110,15 @@ def tell(scene, language, rng):
                                                   there=fill(words[relation], rng)))
 
 
+def plain(scene):
+    """The scene in one English wording, the same for all ways to tell it: 'three green circles above a blue square'."""
+    groups, relation = scene.groups, scene.relation
+    if relation in ("below", "right of"):                               # told from either end, a scene is the same
+        groups, relation = groups[::-1], OPPOSITE[relation]
+    names = [f"{'a' if g.count == 1 else NUMBERS[g.count][0]} {g.colour} {g.shape}{'s' * (g.count > 1)}" for g in groups]
+    return f" {relation} ".join(names)
+
+
 # ------------------------------------------------------------------------------------------------------------- at length
 LEAD = 40                                     # so many words (in Chinese: characters) stand before the first that matters
 CONCISE = 18                                  # words and marks of a narrative at the most: with start and end, the 20 tokens that the tiny CLIP reads
@@ -184,6 +197,26 @@ def paragraph(scene, rng, words=(60, 120), language="english"):
     while filler and size([*before, told, *after]) < least:
         after.append(filler.pop())
     return space.join([*before, told, *after])
+
+
+def build_parallel(folder="data/shapes", seed=0):
+    """Writes annotations/parallel_train2017.jsonl beside the captions of the training split, and returns its path.
+
+    A line is {"language": ..., "text": ..., "english": ...}: a scene in Spanish, German or Chinese, or at length in English ("long"), and in
+    `plain` English. Each scene has a line in each language, and every third one is told at length, since that takes long to read.
+    """
+    notes = Path(folder) / "annotations"
+    path = notes / "parallel_train2017.jsonl"
+    if not path.exists():
+        rng, unfinished = random.Random(seed), path.with_name(f"{path.name}.unfinished-{os.getpid()}")
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for image in json.loads((notes / "captions_train2017.json").read_text())["images"]:
+                scene = shapes.Scene.from_json(image["scene"])
+                for kind in (*LANGUAGES[1:], "long")[:4 if image["id"] % 3 == 0 else 3]:
+                    text = paragraph(scene, rng) if kind == "long" else tell(scene, kind, rng)
+                    file.write(json.dumps({"language": kind, "text": text, "english": plain(scene)}, ensure_ascii=False) + "\n")
+        os.replace(unfinished, path)
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------- common sense
@@ -269,25 +302,28 @@ def tag_line(caption, label):
     return f"scene: {caption}. object: {label}. score:"
 
 
-def tag_example(scene, rng):
-    """The whole line, score included. Each score is as frequent as the others; every scene has labels of all three."""
-    score = rng.randint(1, 3)
-    label = rng.choice([label for label in (f"{c} {s}" for c, s in product(COLOURS, SHAPES)) if tag_score(scene, label) == score])
-    return f"{tag_line(shapes.keywords(scene) if rng.random() < 0.2 else shapes.sentence(scene, rng), label)} {score}"
+def tag_example(scene, rng, labels=1):
+    """The whole line, score included, and further labels with theirs. Each score is as frequent as the others; every scene has labels of all."""
+    line = shapes.keywords(scene) if rng.random() < 0.2 else shapes.sentence(scene, rng)
+    for i in range(labels):
+        score = rng.randint(1, 3)
+        label = rng.choice([label for label in (f"{c} {s}" for c, s in product(COLOURS, SHAPES)) if tag_score(scene, label) == score])
+        line = f"{line}. object: {label}. score: {score}" if i else f"{tag_line(line, label)} {score}"
+    return line
 
 
 def corpus(scenes, rng):
     """Lines of text to train a small language model on, one for each scene, as an iterator. Shares, in % of the lines:
 
-    30  a caption in one of LANGUAGES, or (one in five) the keyword prompt
-    20  a scene in two languages: 'german: drei grüne Kreise ... english: three green circles ...'
-    10  a paragraph, half of them in English, with what it shows: '... in plain words: three green circles above a blue square'
+    20  a caption in one of LANGUAGES, or (one in five) the keyword prompt
+    25  a scene in two languages: 'german: drei grüne Kreise ... english: three green circles ...'
+    5   a paragraph, half of them in English, with what it shows: '... in plain words: three green circles above a blue square'
     20  a narrative with its plain meaning, as a caption or as keywords; held-out pairs are left out
     5   three facts
-    15  a segment's label and how well it fits the scene
+    25  three segments' labels and how well each fits the scene
     """
     for scene in scenes:
-        kind = rng.choices(("caption", "parallel", "paragraph", "narrative", "facts", "tag"), weights=(30, 20, 10, 20, 5, 15))[0]
+        kind = rng.choices(("caption", "parallel", "paragraph", "narrative", "facts", "tag"), weights=(20, 25, 5, 20, 5, 25))[0]
         plain = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
         if kind == "caption":
             language = rng.choice((*LANGUAGES, "keywords"))
@@ -301,4 +337,4 @@ def corpus(scenes, rng):
         elif kind == "facts":
             yield ". ".join(facts(rng)[:3])
         else:
-            yield tag_example(scene, rng)
+            yield tag_example(scene, rng, labels=3)
