@@ -73,7 +73,7 @@ class Settings:
     heads: int = setting(4, "attention heads", low=1)
     mask: bool = setting(True, "hide the LLM's padding from the adapter (an ablation)")
     # the training: three values are those of stages 1, 2 and 3
-    steps: tuple = setting((1500, 400, 200), "training steps", low=0)
+    steps: tuple = setting((1500, 300, 150), "training steps", low=0)
     batch: tuple = setting((64, 64, 64), "texts, pictures, pictures a step", low=1)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
     lr: tuple = setting((2e-3, 2e-4, 1e-4), "highest learning rates of AdamW", above=0)
@@ -85,7 +85,7 @@ class Settings:
     clip_grad: float = setting(1.0, "largest norm of the gradient (0: no clipping)", low=0)
     ema: float = setting(0.99, "decay of the running average of the weights", low=0, high=1)
     drop: float = setting(0.1, "stages 2 and 3: share of captions replaced by the empty one", low=0, high=1)
-    english: float = setting(0.3, "stage 1: share of captions of the data, whose target is the caption itself; the rest are pairs", low=0, high=1)
+    english: float = setting(0.4, "stage 1: share of captions of the data, whose target is the caption itself; the rest are pairs", low=0, high=1)
     length_weight: float = setting(2e-5, "stage 1: weight of the squared difference of lengths", low=0)
     pooled_weight: float = setting(0.0, "stage 1: weight of the pooled features", low=0)
     seed: int = setting(0, "of weights, order and noise", low=0, high=10**6)
@@ -112,9 +112,9 @@ class Settings:
 PRESETS = {
     "toy": {},
     # the release, as far as a U-ViT allows
-    "paper": dict(llm="baichuan-inc/Baichuan2-7B-Chat", llm_layer=-1, width=2048, encoder_blocks=4, decoder_blocks=4, heads=16, optimizer="adamw",
-                  steps=(100_000, 100_000, 10_000), batch=(512, 256, 256), lr=(2e-5, 2e-5, 1e-5), warmup=1000, ema=0.9999, data="coco",
-                  quality_split="train"),
+    "coco": dict(base="runs/coco256", llm="baichuan-inc/Baichuan2-7B-Chat", llm_layer=-1, width=2048, encoder_blocks=4, decoder_blocks=4, heads=16,
+                 steps=(100_000, 100_000, 10_000), batch=(512, 256, 256), optimizer="adamw", lr=(2e-5, 2e-5, 1e-5), warmup=1000, ema=0.9999,
+                 data="coco", quality="scores.json", quality_split="train"),
 }
 
 
