@@ -63,7 +63,7 @@ class Settings:
     # what it stands on
     base: str = setting("runs/uvit_fusion", "run of uvit_fusion.py whose text encoder is replaced")
     llm: str = setting("runs/toy/llm", "language model: a folder in the Hugging Face format or a name on its hub")
-    llm_layer: int = setting(1, "whose states are read: 0 the embeddings, -1 the last layer")
+    llm_layer: int = setting(0, "whose states are read: 0 the embeddings, -1 the last layer")
     instruction: str = setting("", "text put before each prompt, whose own tokens are cut off again")
     # the adapter
     adapter: str = setting("transformer", '"transformer", or "mlp" for each token by itself (an ablation)', choices=("transformer", "mlp"))
@@ -76,8 +76,8 @@ class Settings:
     steps: tuple = setting((1500, 300, 150), "training steps", low=0)
     batch: tuple = setting((64, 64, 64), "texts, pictures, pictures a step", low=1)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
-    lr: tuple = setting((2e-3, 2e-4, 1e-4), "highest learning rates of AdamW", above=0)
-    muon_lr: tuple = setting((2e-2, 1e-3, 1e-3), "and of Muon", above=0)
+    lr: tuple = setting((2e-3, 1e-4, 5e-5), "highest learning rates of AdamW", above=0)
+    muon_lr: tuple = setting((2e-2, 5e-4, 5e-4), "and of Muon", above=0)
     warmup: int = setting(50, "steps of linear warm-up", low=0)
     decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
     weight_decay: float = setting(0.03, "of either optimiser", low=0)
@@ -94,7 +94,7 @@ class Settings:
     parallel: str = setting("", 'pairs for stage 1, a JSON object a line, {"text": ..., "english": ...} (default: what the toy world has)')
     quality: str = setting("quality", "stage 3: field of the annotations, or JSON file of {file name: score}, that says how good a picture is")
     quality_split: str = setting("quality", "stage 3: split that the pictures are taken from")
-    best: float = setting(0.25, "stage 3: share of the pictures that is good enough", low=1e-3, high=1)
+    best: float = setting(0.06, "stage 3: share of the pictures that is good enough", low=1e-3, high=1)
     llm_identity: str = ""         # of the language model, layer and instruction, down to the weights; set from them
     method: str = "llm_adapter"
 

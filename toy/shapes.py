@@ -362,8 +362,12 @@ def write_split(folder, split, scenes, size, rng, spoil=None):
 
 
 def spoil(picture, things, rng):
-    """A picture (S, S, 3) made worse in up to four ways: pale colours, ragged edges, blur, noise; and its quality, from 0 to 1."""
-    pale, ragged, blur, noise = (rng.random() * (rng.random() < 0.5) for _ in range(4))
+    """A picture (S, S, 3) made worse in up to four ways: pale colours, ragged edges, blur, noise; and its quality, from 0 to 1.
+
+    Half of them are not paler but more vivid, and so better than those of the other splits, whose quality would be 0.8.
+    """
+    ragged, blur, noise = (rng.random() * (rng.random() < 0.5) for _ in range(3))
+    pale = rng.uniform(-1 / 3, 0) if rng.random() < 0.5 else rng.random()
     size, random_ = len(picture), np.random.default_rng(rng.getrandbits(32))
     x = picture.astype(float)
     if ragged:                                                          # each object loses pixels of its border
@@ -376,7 +380,7 @@ def spoil(picture, things, rng):
         around = np.stack([nine(x[None, :, :, c])[:, 0].mean(0) for c in range(3)], axis=-1)
         x = (1 - 0.7 * blur) * x + 0.7 * blur * around
     x = x + 20 * noise * random_.standard_normal(x.shape)
-    quality = math.prod(1 - 0.8 * amount for amount in (pale, ragged, blur, noise))
+    quality = (0.8 - 0.6 * pale) * math.prod(1 - 0.8 * amount for amount in (ragged, blur, noise))
     return np.clip(x.round(), 0, 255).astype(np.uint8), round(quality, 4)
 
 
