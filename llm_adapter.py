@@ -249,7 +249,7 @@ def best_pictures(s, dataset):
 # ---------------------------------------------------------------------------------------------------------------- training
 def text_losses(s, model, llm, clip, painter, pairs):
     """Stage 1: the alignment loss of a batch of pairs, in two parts, the short texts and the long ones, so that little is padded."""
-    usual = 2 * sorted(len(text) for text, _ in pairs)[len(pairs) // 2]
+    usual = 4 * sorted(len(text) for text, _ in pairs)[len(pairs) // 2]
     for part in ([pair for pair in pairs if len(pair[0]) <= usual], [pair for pair in pairs if len(pair[0]) > usual]):
         if part:
             texts, english = map(list, zip(*part))
