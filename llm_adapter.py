@@ -140,6 +140,8 @@ class Adapter(nn.Module):
         uvit_fusion.init_fan_in(self)
 
     def forward(self, h, mask):
+        # n in steps of 16: a CPU's library of bf16 products prepares itself for each new shape, and texts of all lengths took twice as long
+        h, mask = F.pad(h, (0, 0, 0, -h.shape[1] % 16)), F.pad(mask, (0, -h.shape[1] % 16))
         m, n = self.mlp(self.norm_in(h)), h.shape[1]                          # (B, n, width)
         if not self.use_mask:
             mask = torch.ones_like(mask)
@@ -249,8 +251,10 @@ def best_pictures(s, dataset):
 # ---------------------------------------------------------------------------------------------------------------- training
 def text_losses(s, model, llm, clip, painter, pairs):
     """Stage 1: the alignment loss of a batch of pairs, in two parts, the short texts and the long ones, so that little is padded."""
-    usual = 4 * sorted(len(text) for text, _ in pairs)[len(pairs) // 2]
-    for part in ([pair for pair in pairs if len(pair[0]) <= usual], [pair for pair in pairs if len(pair[0]) > usual]):
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
+    usual = 4 * len(pairs[len(pairs) // 2][0])
+    short = sum(len(text) <= usual for text, _ in pairs) // 8 * 8             # few different shapes, as in `Adapter`
+    for part in (pairs[:short], pairs[short:]):
         if part:
             texts, english = map(list, zip(*part))
             inputs = *llm(texts), *clip(english)
