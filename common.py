@@ -359,7 +359,7 @@ class LLMEncoder:
     `identity` names the model, down to its weights: features of another do not fit. Raises UserError if it cannot be loaded.
     """
     def __init__(self, path, layer=-1, instruction="", device="cpu", dtype=torch.float32):
-        self.device, self.layer, self.instruction, self.cut = torch.device(device), layer, instruction, 0
+        self.device, self.instruction, self.cut = torch.device(device), instruction, 0
         self.model, self.tokenizer = load_pretrained("AutoModel", path, "--llm", "language model", device, dtype=dtype)
         text = self.model.config.get_text_config()
         layers = text.num_hidden_layers
@@ -375,8 +375,9 @@ class LLMEncoder:
         for name, tensor in self.model.state_dict().items():                  # the beginning of each tensor: all of 7 billion took a minute
             weights.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
         self.identity = weights.hexdigest()
-        if layer % (layers + 1) < layers and hasattr(self.model, "layers"):   # what comes after the layer that is read need not be computed
-            self.model.layers = self.model.layers[:layer % (layers + 1) + 1]
+        self.layer = layer % (layers + 1)
+        if self.layer < layers and hasattr(self.model, "layers"):             # what comes after the layer that is read need not be computed
+            self.model.layers = self.model.layers[:self.layer + 1]
 
     def tokens(self, texts):
         """Token numbers of each text, behind those of the instruction, which are as many as the second list says."""
