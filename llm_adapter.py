@@ -422,7 +422,7 @@ def grade_stages(flagship, folder, args, data):
     return figures
 
 
-def draw_prompts(painter, flagship, data):
+def draw_prompts(painter, flagship, data, font=None):
     """Two grids of validation scenes drawn by the flagship's own text encoder and with the LLM: told in other languages, and at length."""
     import eval as grade
     import sample
@@ -433,7 +433,7 @@ def draw_prompts(painter, flagship, data):
         prompts = tell(language, scenes, captions)
         for name, side in sides.items():
             pictures, texts, rows = [*pictures, *side.draw(prompts)], texts + prompts, [*rows, f"{language}, {name}"]
-    sample.picture_grid(pictures, texts, folder / "languages.png", columns=len(scenes), titles=rows)
+    sample.picture_grid(pictures, texts, folder / "languages.png", len(scenes), sample.font(texts, font), rows)
     prompts = tell("long", scenes, captions)[:4]
     drawn = [side.draw(prompts) for side in sides.values()]
     sample.picture_grid([picture for pair in zip(*drawn) for picture in pair], list(sides) * 4, folder / "long.png", columns=2, titles=prompts)
@@ -526,6 +526,7 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
     parser.add_argument("--scorer", default="runs/toy/quality.safetensors", help="linear head on CLIP features that tells a picture's quality")
+    parser.add_argument("--font", help="font file for the captions of pictures, for letters that the system's own lack")
     parser.add_argument("--features", help="folder for the LLM's features of all texts, computed once: pays for a large LLM (default: none)")
     common.add_machine_flags(parser)
     common.add_setting_flags(parser.add_argument_group("settings"), Settings)
@@ -550,7 +551,7 @@ def main():
         return
     painter = run(s, flagship, data, folder, options, sorted(args.stages), args.init, args.features)
     if s.data == "shapes":
-        draw_prompts(painter, flagship, data)
+        draw_prompts(painter, flagship, data, args.font)
         figures = grade_stages(flagship, folder, args, data)
         grade.write_results(folder, figures | {"seconds": time.time() - begin})
         print(f"{time.time() - begin:.0f} s beyond the flagship and the LLM; figures in {folder / 'results.json'}")

@@ -136,7 +136,7 @@ def font(texts=(), path=None, size=11):
     face = min(faces or [ImageFont.load_default(size)], key=lambda face: len(lacking(face, texts)))
     if missing := lacking(face, texts):
         print(f"{f'--font {path} lacks' if path else 'no font found here has all'} letters of the captions, missing are {missing[:40]}"
-              "; sample.py --font FILE names another")
+              "; --font FILE names another")
     return face
 
 
@@ -158,12 +158,13 @@ def picture_grid(pictures, texts, path, columns=None, face=None, titles=()):
     side, gap, line = max(96, h), 8, 14
     columns = columns or min(n, max(4, math.ceil(math.sqrt(n))))
     face = face or font([*texts, *titles])
-    wrapped, heads = [wrap(text, side, face) for text in texts], [wrap(title, 150, face) for title in titles]
+    wrapped, heads = [wrap(text, side, face) for text in texts], [wrap(title, 150 if len(title) < 150 else 500, face) for title in titles]
     left = int(max((face.getlength(part) for lines in heads for part in lines), default=-gap)) + 2 * gap
     tops = [gap]                                                     # of the rows; one without texts leaves no room for them
     for row in range(0, n, columns):
         lines = max(len(wrapped[i]) if texts[i] else 0 for i in range(row, min(row + columns, n)))
-        tops.append(tops[-1] + side + gap + (lines * line + 4 if lines else 0))
+        below, head = lines * line + 4 if lines else 0, len(heads[row // columns]) * line if heads else 0
+        tops.append(tops[-1] + max(side + below, head) + gap)
     sheet = Image.new("RGB", (left + columns * (side + gap), tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
 
@@ -175,7 +176,7 @@ def picture_grid(pictures, texts, path, columns=None, face=None, titles=()):
         sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST if h < side else Image.Resampling.LANCZOS), (x, y))
         write(lines, x, y + side + 2)
     for lines, y in zip(heads, tops):
-        write(lines, gap, y + side / 2 - len(lines) / 2 * line)
+        write(lines, gap, y + max(0, side / 2 - len(lines) / 2 * line))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
