@@ -74,7 +74,7 @@ class Settings:
     heads: int = setting(4, "attention heads", low=1)
     mask: bool = setting(True, "hide the LLM's padding from the adapter (an ablation)")
     # the training: three values are those of stages 1, 2 and 3
-    steps: tuple = setting((1500, 300, 150), "training steps", low=0)
+    steps: tuple = setting((1700, 300, 100), "training steps", low=0)
     batch: tuple = setting((64, 64, 64), "texts, pictures, pictures a step", low=1)
     optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
     lr: tuple = setting((2e-3, 1e-4, 5e-5), "highest learning rates of AdamW", above=0)

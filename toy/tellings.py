@@ -173,8 +173,8 @@ def two_sentences(scene, rng):
             f"{there} {'it' if first.count == 1 else 'them'} there {verbs[1]} {shapes.phrase(second, rng)}.")
 
 
-def paragraph(scene, rng, words=(60, 120), language="english"):
-    """A long prompt with the scene told once, behind at least LEAD words of filler.
+def paragraph(scene, rng, words=(60, 120), language="english", lead=LEAD):
+    """A long prompt with the scene told once, behind at least `lead` words of filler.
 
     words: at least and at most so many words, or Chinese characters; the filler is enough for some 140 in English, 90 in the others.
     """
@@ -189,7 +189,7 @@ def paragraph(scene, rng, words=(60, 120), language="english"):
         told = tell(scene, language, rng)
         told = told[0].upper() + told[1:] + stop
     least = rng.randint(words[0], max(words[0], words[1] - 22))         # the last sentence may go beyond it
-    lead = rng.randint(LEAD, max(LEAD, least - size([told])))
+    lead = rng.randint(lead, max(lead, least - size([told])))
     filler = [fill(sentence, rng) for sentence in rng.sample(FILLER[language], len(FILLER[language]))]
     before, after = [], []
     while filler and size(before) < lead:
@@ -213,7 +213,8 @@ def build_parallel(folder="data/shapes", seed=0):
             for image in json.loads((notes / "captions_train2017.json").read_text())["images"]:
                 scene = shapes.Scene.from_json(image["scene"])
                 for kind in (*LANGUAGES[1:], "long"):
-                    text = paragraph(scene, rng) if kind == "long" else tell(scene, kind, rng)
+                    # of all lengths: order in the longest is learned late, and sooner after that in shorter ones
+                    text = paragraph(scene, rng, (10, 120), lead=0) if kind == "long" else tell(scene, kind, rng)
                     file.write(json.dumps({"language": kind, "text": text, "english": plain(scene)}, ensure_ascii=False) + "\n")
         os.replace(unfinished, path)
     return path
