@@ -371,12 +371,14 @@ class LLMEncoder:
         start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.pad = next(token for token in (pad, end, start, 0) if token is not None)                  # Llama has none of its own
         self.alone = next(token for token in (start, end, self.pad) if token is not None)
-        weights = hashlib.sha256(instruction.encode() + str(layer % (layers + 1)).encode())
-        for name, tensor in self.model.state_dict().items():                  # the beginning of each tensor: all of 7 billion took a minute
-            weights.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
-        self.identity = weights.hexdigest()
+        digest = hashlib.sha256(instruction.encode() + str(layer % (layers + 1)).encode())
+        # the beginning of each tensor (all of 7 billion took a minute), in bf16 so that it is the same in whichever precision they are loaded
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
+        self.identity = digest.hexdigest()
         self.layer = layer % (layers + 1)
-        if self.layer < layers and hasattr(self.model, "layers"):             # what comes after the layer that is read need not be computed
+        # What comes after the layer that is read need not be computed, but for one: behind its last layer a model puts its final norm
+        if self.layer < layers and hasattr(self.model, "layers"):
             self.model.layers = self.model.layers[:self.layer + 1]
 
     def tokens(self, texts):

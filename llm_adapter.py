@@ -31,8 +31,12 @@ Differs from the paper (its released value in brackets):
  3. Padding is masked everywhere [in stage 1 attended to, in 2 and 3 absent], and the adapter says which of its tokens are padding.
  4. Captions are dropped with p = 0.1 in stages 2 and 3 [never]. In stage 1 every batch holds the empty prompt once, so that guidance works after it.
  5. toy: Muon and AdamW, 0.02 and 2e-3 in stage 1, batch 64 [AdamW 2e-5, batch 512]; blocks begin as the identity, as in the U-ViT.
- 6. The U-ViT has no pooled input, so the pooled term has weight 0; --pooled-weight turns it on.
+ 6. The U-ViT has no pooled input, so the pooled term has weight 0; --pooled-weight turns it on; nothing reads it then.
  7. Stage 3 freezes the adapter, as in the paper's figure [its code trains it].
+ 8. The LLM's states are normalised, the output has CLIP's mean and std [neither]; the rate falls along a cosine [linearly]; an average of
+    the weights is kept [not known]. The pooled features are the mean of all queries [of the inner ones], aligned to CLIP's last token.
+ 9. A long prompt is aligned to a short English wording of the same, in as many tokens as CLIP reads [227 queries: 3 x 75 + 2].
+10. Stages 2 and 3 minimise the loss that the base was trained with [eps]. None of it reaches p, which is trained in stage 1 alone.
 """
 import argparse
 import copy
@@ -225,22 +229,18 @@ def read_pairs(path):
 
 def pair_batches(s, captions, pairs, start):
     """The texts of stage 1: for each step from `start` on, [(text, its English wording)], the empty prompt first. The same for the same step."""
-    share, batch = s.english if pairs else 1.0, s.batch[0]
+    share, captions = s.english if pairs else 1.0, [(text, text) for text in captions]
     for step in range(start, s.steps[0]):
         rng = random.Random(s.seed * 10**9 + step)
-        texts = [rng.choice(captions) if rng.random() < share else rng.choice(pairs) for _ in range(batch - 1)]
-        yield [("", ""), *((text, text) if isinstance(text, str) else text for text in texts)]
+        yield [("", ""), *(rng.choice(captions if rng.random() < share else pairs) for _ in range(s.batch[0] - 1))]
 
 
 def best_pictures(s, dataset):
     """Keeps of a data set the share `best` with the highest score, by the field or the file that `--quality` names."""
-    names = [str(path.name) for path, _, _ in dataset.items]
-    if Path(s.quality).suffix == ".json":
-        scores = common.read_json(s.quality)
-        missing = [name for name in names if not isinstance(scores, dict) or not isinstance(scores.get(name), (int, float))]
-    else:
-        scores = {name: image.get(s.quality) for name, (_, _, image) in zip(names, dataset.items)}
-        missing = [name for name in names if not isinstance(scores[name], (int, float))]
+    names = [path.name for path, _, _ in dataset.items]
+    in_file = Path(s.quality).suffix == ".json"
+    scores = common.read_json(s.quality) if in_file else {name: image.get(s.quality) for name, (_, _, image) in zip(names, dataset.items)}
+    missing = [name for name in names if not isinstance(scores, dict) or not isinstance(scores.get(name), (int, float))]
     if missing:
         raise UserError(f"--quality {s.quality}: {len(missing)} of {len(names)} pictures of the split {s.quality_split} have no score "
                         f"(first: {missing[0]}): name a field of the annotations, or a JSON file of {{file name: score}}")
@@ -251,16 +251,20 @@ def best_pictures(s, dataset):
 
 # ---------------------------------------------------------------------------------------------------------------- training
 def text_losses(s, model, llm, clip, painter, pairs):
-    """Stage 1: the alignment loss of a batch of pairs, in two parts, the short texts and the long ones, so that little is padded."""
+    """Stage 1: the alignment loss of a batch of pairs, in two parts, the short texts and the long ones, so that little is padded.
+
+    Each part counts by its share of the texts. A generator: the first part's graph is freed before the second is built.
+    """
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))
-    usual = 4 * len(pairs[len(pairs) // 2][0])
-    short = sum(len(text) <= usual for text, _ in pairs) // 8 * 8             # few different shapes, as in `Adapter`
+    usual = 4 * len(pairs[len(pairs) // 2][0])                                # long: more than four times the median, in letters
+    short = sum(len(text) <= usual for text, _ in pairs) // 8 * 8             # in steps of 8: few different shapes, as in `Adapter`
     for part in (pairs[:short], pairs[short:]):
         if part:
             texts, english = map(list, zip(*part))
             inputs = *llm(texts), *clip(english)
             with common.autocast(painter.device, painter.precision):
-                yield alignment_loss(s, model["adapter"], *inputs, painter.encoder.sees_padding) * (len(part) / len(pairs))
+                loss = alignment_loss(s, model["adapter"], *inputs, painter.encoder.sees_padding)
+            yield loss * (len(part) / len(pairs))                             # out here, so that backward() does not run under autocast
 
 
 def picture_losses(s, n, step, model, llm, painter, pictures, captions):
@@ -276,7 +280,8 @@ def picture_losses(s, n, step, model, llm, painter, pictures, captions):
     with torch.set_grad_enabled(n == 2):                                      # in stage 3 the adapter is frozen
         text, mask = encoder(["" if drop else caption for drop, caption in zip(dropped, captions)])
     with common.autocast(painter.device, painter.precision):
-        yield diffusion.loss(functools.partial(model["uvit"], text=text, mask=mask), x_0, t, eps)
+        loss = diffusion.loss(functools.partial(model["uvit"], text=text, mask=mask), x_0, t, eps)
+    return [loss]                                                             # one part; see `text_losses`
 
 
 
@@ -335,13 +340,13 @@ def train(n, s, model, average, llm, clip, painter, data, state=None, save_every
             progress.set_postfix(loss=f"{mean:.4f}")
             if save:
                 with common.whole(folder / "state.pt") as unfinished:
-                    torch.save({"stage": n, "step": step, "model": model.state_dict(), "average": average.state_dict(),
-                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished)
+                    torch.save({"stage": n, "step": step, "precision": str(painter.precision), "model": model.state_dict(),
+                                "average": average.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished)
             if interrupt.asked and step < stage.steps:
                 print(f"stopped after step {step} of stage {n}; to go on: the same command with --resume")
                 sys.exit(130)
     model.load_state_dict(average.state_dict())                               # the next stage begins with what this one is judged by
-    for name in (f"stage{n}", "model"):
+    for name in ("model", f"stage{n}"):                                       # the last one says that the stage is done
         common.save_tensors(average.state_dict(), folder / f"{name}.safetensors")
     if interrupt.asked:
         print(f"stopped after stage {n}; to go on: the same command with --resume")
@@ -442,8 +447,8 @@ def draw_prompts(painter, flagship, data, font=None):
 
 
 ABLATIONS = {                                                                # name: (what is changed, stages)
-    "adapter": ({}, (1,)),
-    "layer_embeddings": ({"llm_layer": 0}, (1,)),
+    "adapter": ({}, (1,)),                                                   # as it is: reads the embeddings, layer 0
+    "layer_first": ({"llm_layer": 1}, (1,)),
     "layer_middle": ({"llm_layer": 2}, (1,)),
     "layer_last": ({"llm_layer": -1}, (1,)),
     "no_mask": ({"mask": False}, (1,)),
@@ -468,8 +473,9 @@ def compare(s, flagship, data, folder, args):
         painter = load(finished, flagship.device, flagship.precision)
         right = {kind: grade.judged(painter.draw(prompts, steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
                  for kind, prompts in kinds.items()}
-        figures |= {name: 100 * float(right["turns"].mean()), f"{name}_long": 100 * float(right["long"].mean())}
-        rows.append([name, figures[name], 100 * float(grade.interval(right["turns"])), figures[f"{name}_long"], 100 * float(right["english"].mean())])
+        figures |= {name if kind == "turns" else f"{name}_{kind}": 100 * float(values.mean()) for kind, values in right.items()}
+        figures[f"{name}_ci"] = 100 * float(grade.interval(right["turns"]))
+        rows.append([name, *(figures[f"{name}{end}"] for end in ("", "_ci", "_long", "_english"))])
         grade.write_results(folder, figures)
     grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, stage 1 alone ({s.steps[0]} steps); no_stage_1: stage 2 alone ({s.steps[1]})")
 
@@ -483,6 +489,8 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     captions = [text for _, texts, _ in common.CaptionedImages(data, "train", base.size).items for text in texts]
     pairs = read_pairs(s.parallel) if s.parallel else []
     sources = {1: (captions, pairs)}
+    if 1 in stages and not pairs:
+        print("warning: no --parallel: stage 1 sees English captions alone, and other languages are left to what the LLM makes of them")
     if 2 in stages:
         sources[2] = flagship.data(data, "train")
     if 3 in stages:                                                           # refused, if need be, before anything is trained
@@ -505,7 +513,12 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     common.write_json(folder / "uvit.json", dataclasses.asdict(base))
     if state:
         common.load_into(average, state["average"], folder / "state.pt")
-        done = state["stage"] - (state["step"] < s.steps[state["stage"] - 1])
+        if state["precision"] != str(precision):
+            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
+        stopped = state["stage"]
+        done = stopped - (not (folder / f"stage{stopped}.safetensors").exists())
+        if done < stopped and stopped not in stages:
+            raise UserError(f"--resume: stage {stopped} stopped after step {state['step']}: finish it first, with --stages {stopped} --resume")
     model = copy.deepcopy(average)
     for n in stages:
         if n > done:

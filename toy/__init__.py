@@ -21,5 +21,6 @@ def prepare(data, clip, size=24, llm=""):
     if known and llm:
         tellings.build_parallel(folder)
         shapes.build_quality(folder, size)
-        experts.scorer()
+        if Path(clip) == experts.CLIP_FOLDER:
+            experts.scorer()
     return folder

@@ -7,6 +7,8 @@ colours and shapes apart, and hardly relations.
 `llm()` is the tiny LLM (for Llama, Qwen, Vicuna): trained on text alone, `tellings.corpus` of the training scenes, by predicting the next
 token. It has read Spanish, German, Chinese, paragraphs and common-sense facts, 256 tokens at a time, and never a picture.
 
+`scorer()` is the tiny aesthetic predictor: a linear head on the tiny CLIP, which tells how good a picture is.
+
     folder = clip()                            # trains it on first need (40 s on two cores), then only returns the folder
     CLIPModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     LlamaForCausalLM.from_pretrained(llm())    # two to three minutes
@@ -137,7 +139,8 @@ def clip_accuracy(folder=CLIP_FOLDER, data="data/shapes", samples=512, seed=0):
 def scorer(data="data/shapes", clip_folder=CLIP_FOLDER, path="runs/toy/quality.safetensors"):
     """The file of a linear head on the tiny CLIP's picture features that tells how good a picture is; fits it if it is not there.
 
-    Ridge regression on the split "quality"; a tenth of it is held out, on which the rank correlation is printed.
+    Of the kind of LAION's aesthetic predictors: "weight" (1, D) and "bias" (1,), on features of length 1. Needs the tiny CLIP. Ridge
+    regression on the split "quality"; a tenth of it is held out, on which the (Spearman) rank correlation is printed.
     """
     if Path(path).exists():
         return Path(path)
@@ -192,8 +195,8 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1500, tokens=1536, seed=0):
         LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
                     max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=2, eos_token_id=3),
         attn_implementation="eager" if device.type == "cpu" else "sdpa").to(device)
-    # To score a label the model must look it up in the caption, which is learned late and suddenly: from large embeddings and layers that
-    # do nothing yet after some 400 steps (of label lines alone), otherwise not within 250
+    # To score a label the model must look it up in the caption, which is learned late and suddenly: after some 400 steps (of label lines
+    # alone) from large embeddings and layers that do nothing yet
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
@@ -243,14 +246,15 @@ def llm_accuracy(folder=LLM_FOLDER, data="data/shapes", samples=256, seed=0):
     lines = [tellings.tag_example(scene, rng) for scene in scenes]
     likelihood = torch.stack([log_likelihood([line[:-2] for line in lines], [f" {score}"] * len(lines)) for score in (1, 2, 3)])
     table = {"tags": np.mean([1 + best == int(line[-1]) for best, line in zip(likelihood.argmax(0).tolist(), lines)])}
-    begins = {language: [f"{language}: {tellings.tell(scene, language, rng)}. english: " for scene in scenes]
+    begins = {language: [f"{language}: {tellings.tell(scene, language, rng)}. english:" for scene in scenes]
               for language in tellings.LANGUAGES[1:]}
-    begins |= {"paragraph": [f"{tellings.paragraph(scene, rng)} in plain words: " for scene in scenes],
-               "narrative": [f"{tellings.narrative(scene, rng, unseen=True)}. in plain words: " for scene in scenes]}
+    begins |= {"paragraph": [f"{tellings.paragraph(scene, rng)} in plain words:" for scene in scenes],
+               "narrative": [f"{tellings.narrative(scene, rng, unseen=True)}. in plain words:" for scene in scenes]}
     for kind, texts in begins.items():
         fields = [rng.choice(shapes.FIELDS[:4 if scene.relation else 3]) for scene in scenes]
         other = [shapes.change_field(scene, field, rng) for scene, field in zip(scenes, fields)]
-        right, wrong = ([shapes.sentence(scene, random.Random(i)) for i, scene in enumerate(told)] for told in (scenes, other))
+        # the space goes with the word behind it, into one token
+        right, wrong = ([" " + shapes.sentence(scene, random.Random(i)) for i, scene in enumerate(told)] for told in (scenes, other))
         table[kind] = (log_likelihood(texts, right) > log_likelihood(texts, wrong)).float().mean()
     return {name: 100 * float(value) for name, value in table.items()}
 

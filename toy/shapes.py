@@ -367,7 +367,7 @@ def spoil(picture, things, rng):
     Half of them are not paler but more vivid, and so better than those of the other splits, whose quality would be 0.8.
     """
     ragged, blur, noise = (rng.random() * (rng.random() < 0.5) for _ in range(3))
-    pale = rng.uniform(-1 / 3, 0) if rng.random() < 0.5 else rng.random()
+    pale = rng.uniform(-1 / 3, 0) if rng.random() < 0.5 else rng.random()          # below 0: more vivid
     size, random_ = len(picture), np.random.default_rng(rng.getrandbits(32))
     x = picture.astype(float)
     if ragged:                                                          # each object loses pixels of its border
@@ -375,7 +375,7 @@ def spoil(picture, things, rng):
             alpha = coverage(thing.shape, thing.x, thing.y, thing.radius, size)[0]
             eaten = (random_.random(alpha.shape) < 0.5 * ragged) & (alpha > 0) & (alpha < 0.9)
             x[eaten] = np.median(x.reshape(-1, 3), axis=0)
-    x = x + 0.6 * pale * (245 - x)
+    x = x + 0.6 * pale * (245 - x)                                      # towards the background's white, or away from it
     if blur:                                                            # a mean of each pixel and its eight neighbours
         around = np.stack([nine(x[None, :, :, c])[:, 0].mean(0) for c in range(3)], axis=-1)
         x = (1 - 0.7 * blur) * x + 0.7 * blur * around
@@ -385,7 +385,7 @@ def spoil(picture, things, rng):
 
 
 def build_quality(folder="data/shapes", size=24, count=8_192, seed=1):
-    """Adds the split "quality" to a data set: further pictures of scenes as in training, spoilt, each with a "quality" in the annotations."""
+    """Adds the split "quality" to a data set and returns its folder: further pictures of scenes as in training, spoilt, with a "quality"."""
     folder = Path(folder)
     if not (folder / "annotations" / "instances_quality2017.json").exists():
         rng = random.Random(seed)

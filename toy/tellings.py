@@ -14,12 +14,12 @@ colour of grass") needs a language model that has read more. Here is what it rea
 The tables are keyed by the words of `toy.shapes` ("circle", "red", 1, "above"); '[a|b]' in them stands for a or b, '/' parts the forms of a word.
 """
 import json
-import os
 import random
 import re
 from itertools import product
 from pathlib import Path
 
+from common import whole
 from toy import shapes
 from toy.shapes import COLOURS, NUMBERS, OPPOSITE, PREPOSITIONS, SHAPES
 
@@ -188,7 +188,7 @@ def paragraph(scene, rng, words=(60, 120), language="english", lead=LEAD):
     else:
         told = tell(scene, language, rng)
         told = told[0].upper() + told[1:] + stop
-    least = rng.randint(words[0], max(words[0], words[1] - 22))         # the last sentence may go beyond it
+    least = rng.randint(words[0], max(words[0], words[1] - 22))         # no sentence of FILLER is longer than 22: the last may go beyond it
     lead = rng.randint(lead, max(lead, least - size([told])))
     filler = [fill(sentence, rng) for sentence in rng.sample(FILLER[language], len(FILLER[language]))]
     before, after = [], []
@@ -208,15 +208,14 @@ def build_parallel(folder="data/shapes", seed=0):
     notes = Path(folder) / "annotations"
     path = notes / "parallel_train2017.jsonl"
     if not path.exists():
-        rng, unfinished = random.Random(seed), path.with_name(f"{path.name}.unfinished-{os.getpid()}")
-        with open(unfinished, "w", encoding="utf-8") as file:
+        rng = random.Random(seed)
+        with whole(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for image in json.loads((notes / "captions_train2017.json").read_text())["images"]:
                 scene = shapes.Scene.from_json(image["scene"])
                 for kind in (*LANGUAGES[1:], "long"):
-                    # of all lengths: order in the longest is learned late, and sooner after that in shorter ones
+                    # long prompts of all lengths: word order is learned first in short ones, and then soon in the longest
                     text = paragraph(scene, rng, (10, 120), lead=0) if kind == "long" else tell(scene, kind, rng)
                     file.write(json.dumps({"language": kind, "text": text, "english": plain(scene)}, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
     return path
 
 
@@ -325,16 +324,16 @@ def corpus(scenes, rng):
     """
     for scene in scenes:
         kind = rng.choices(("caption", "parallel", "paragraph", "narrative", "facts", "tag"), weights=(20, 25, 5, 20, 5, 25))[0]
-        plain = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
+        meaning = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
         if kind == "caption":
             language = rng.choice((*LANGUAGES, "keywords"))
             yield shapes.keywords(scene) if language == "keywords" else tell(scene, language, rng)
         elif kind == "parallel":
             yield ". ".join(f"{language}: {tell(scene, language, rng)}" for language in rng.sample(LANGUAGES, 2))
         elif kind == "paragraph":
-            yield f"{paragraph(scene, rng, language=rng.choice(('english', 'english', 'english', *LANGUAGES[1:])))} in plain words: {plain}"
+            yield f"{paragraph(scene, rng, language=rng.choice(('english', 'english', 'english', *LANGUAGES[1:])))} in plain words: {meaning}"
         elif kind == "narrative":
-            yield f"{narrative(scene, rng)}. in plain words: {plain}"
+            yield f"{narrative(scene, rng)}. in plain words: {meaning}"
         elif kind == "facts":
             yield ". ".join(facts(rng)[:3])
         else:
