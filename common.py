@@ -306,6 +306,8 @@ def load_pretrained(kind, path, flag, name, device, **more):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"         # the fused kernel is slow on CPUs at short sequences
+    if str(path).startswith(("/", ".")) and not Path(path).exists():          # no name on the hub begins so
+        raise UserError(f"{flag} {path} cannot be loaded as a {name}: there is no such folder")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if kind == "AutoModel" and "t5" in transformers.AutoConfig.from_pretrained(path).model_type:
