@@ -152,7 +152,7 @@ class Adapter(nn.Module):
             mask = torch.ones_like(mask)
         if self.plain:
             r = F.pad(m, (0, 0, 0, max(0, self.length - n)))[:, :self.length]
-            present = F.pad(mask, (0, max(0, self.length - n)))[:, :self.length].float() * 20 - 10
+            present = F.pad(mask, (0, max(0, self.length - n)))[:, :self.length].float() * 20 - 10      # sure logits
         else:
             m = m + time_features(torch.arange(n, device=h.device), m.shape[-1])
             bias = torch.zeros(mask.shape, device=h.device).masked_fill(~mask, -math.inf)[:, None, None]       # (B, 1, 1, n)
@@ -161,8 +161,9 @@ class Adapter(nn.Module):
             r, bias = self.queries.expand(len(h), -1, -1), F.pad(bias, (self.length, 0))
             for block in self.decoder_blocks:
                 r = block(r, context=m, bias=bias)                            # keys: [queries, LLM tokens]
-            present = self.present(self.norm(r))[..., 0]
         r = self.norm(r)                                                      # (B, L, width)
+        if not self.plain:
+            present = self.present(r)[..., 0]
         return self.mean + self.std * self.out(r).float(), present.float(), self.pooled(r.mean(1)).float()
 
 
@@ -284,8 +285,6 @@ def picture_losses(s, n, step, model, llm, painter, pictures, captions):
     return [loss]                                                             # one part; see `text_losses`
 
 
-
-
 def train(n, s, model, average, llm, clip, painter, data, state=None, save_every=500):
     """Runs stage n and writes stage<n>.safetensors and model.safetensors; a resumed stage ends as an uninterrupted one.
 
@@ -309,8 +308,7 @@ def train(n, s, model, average, llm, clip, painter, data, state=None, save_every
         batches, broken = common.batches(data, stage.batch, start, stage.steps, 10 * s.seed + n), common.BrokenPictures(len(data))
     with common.Interrupt() as interrupt, tqdm(total=stage.steps, initial=start, desc=f"stage {n}", unit="step") as progress:
         for step, batch in enumerate(batches, start + 1):
-            for group, highest in zip((group for optimizer in optimizers for group in optimizer.param_groups), (stage.lr, stage.muon_lr)):
-                group["lr"] = highest * uvit_fusion.learning_rate(stage, step)
+            uvit_fusion.set_rates(optimizers, stage, step)
             if n == 1:
                 parts = text_losses(s, model, llm, clip, painter, batch)
             else:
@@ -379,13 +377,12 @@ def load(path, device, precision):
 LANGUAGES = ("english", "spanish", "german", "chinese")
 
 
-def tell(kind, scenes, captions):
-    """The prompts that a kind of telling gives for validation scenes: the same each time."""
+def tell(scenes, captions):
+    """Prompts for validation scenes, the same each time: a list for each of LANGUAGES, for "long", and for "turns", the languages taking turns."""
     from toy import tellings
-    if kind == "english":
-        return captions
-    return [tellings.paragraph(scene, random.Random(i)) if kind == "long" else tellings.tell(scene, kind, random.Random(i))
-            for i, scene in enumerate(scenes)]
+    told = {"english": captions, "long": [tellings.paragraph(scene, random.Random(i)) for i, scene in enumerate(scenes)]}
+    told |= {language: [tellings.tell(scene, language, random.Random(i)) for i, scene in enumerate(scenes)] for language in LANGUAGES[1:]}
+    return told | {"turns": [told[LANGUAGES[i % 4]][i] for i in range(len(scenes))]}
 
 
 def grade_stages(flagship, folder, args, data):
@@ -396,9 +393,7 @@ def grade_stages(flagship, folder, args, data):
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, flagship.settings.size, args.samples)
     stages = [n for n in (1, 2, 3) if (folder / f"stage{n}.safetensors").exists()]
-    kinds, figures, turns = (*LANGUAGES, "long"), {}, {}
-    prompts = {kind: tell(kind, scenes, captions) for kind in kinds}
-    prompts["turns"] = [prompts[LANGUAGES[i % 4]][i] for i in range(len(scenes))]
+    kinds, prompts, figures, turns = (*LANGUAGES, "long"), tell(scenes, captions), {}, {}
 
     def draw(painter, kind, name):
         """The pictures, and which of them are right in all respects; the share of those is a figure of that name."""
@@ -434,13 +429,12 @@ def draw_prompts(painter, flagship, data, font=None):
     import sample
     scenes, captions, _ = grade.validation_prompts(data, flagship.settings.size, 6)
     folder, sides = painter.folder / "samples", {"own text encoder": flagship, "with the LLM": painter}
-    pictures, texts, rows = [], [], []
+    told, pictures, texts, rows = tell(scenes, captions), [], [], []
     for language in LANGUAGES:
-        prompts = tell(language, scenes, captions)
         for name, side in sides.items():
-            pictures, texts, rows = [*pictures, *side.draw(prompts)], texts + prompts, [*rows, f"{language}, {name}"]
+            pictures, texts, rows = [*pictures, *side.draw(told[language])], texts + told[language], [*rows, f"{language}, {name}"]
     sample.picture_grid(pictures, texts, folder / "languages.png", len(scenes), sample.font(texts, font), rows)
-    prompts = tell("long", scenes, captions)[:4]
+    prompts = told["long"][:4]
     drawn = [side.draw(prompts) for side in sides.values()]
     sample.picture_grid([picture for pair in zip(*drawn) for picture in pair], list(sides) * 4, folder / "long.png", columns=2, titles=prompts)
     print(f"prompts in four languages and at length, drawn: {folder / 'languages.png'}, {folder / 'long.png'}")
@@ -461,8 +455,7 @@ def compare(s, flagship, data, folder, args):
     """Trains each ablation by stage 1 alone (and one by stage 2 alone), and grades it on four languages taking turns and on long prompts."""
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, flagship.settings.size, args.samples)
-    told = {kind: tell(kind, scenes, captions) for kind in (*LANGUAGES, "long")}
-    kinds = {"turns": [told[LANGUAGES[i % 4]][i] for i in range(len(scenes))], "long": told["long"], "english": told["english"]}
+    told = tell(scenes, captions)
     rows, figures = [["all right, %", "four languages", "+-", "long", "english"]], {}
     for name, (changed, stages) in ABLATIONS.items():
         one, finished = dataclasses.replace(s, **changed), folder / name / f"stage{stages[-1]}.safetensors"
@@ -471,8 +464,8 @@ def compare(s, flagship, data, folder, args):
         else:
             run(one, flagship, data, folder / name, common.Options(overwrite=True), stages)
         painter = load(finished, flagship.device, flagship.precision)
-        right = {kind: grade.judged(painter.draw(prompts, steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
-                 for kind, prompts in kinds.items()}
+        right = {kind: grade.judged(painter.draw(told[kind], steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
+                 for kind in ("turns", "long", "english")}
         figures |= {name if kind == "turns" else f"{name}_{kind}": 100 * float(values.mean()) for kind, values in right.items()}
         figures[f"{name}_ci"] = 100 * float(grade.interval(right["turns"]))
         rows.append([name, *(figures[f"{name}{end}"] for end in ("", "_ci", "_long", "_english"))])
@@ -486,13 +479,12 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     base, device, precision = flagship.settings, flagship.device, flagship.precision
     llm = common.LLMEncoder(s.llm, s.llm_layer, s.instruction, device, precision)
     s = dataclasses.replace(s, llm_identity=llm.identity)
-    captions = [text for _, texts, _ in common.CaptionedImages(data, "train", base.size).items for text in texts]
     pairs = read_pairs(s.parallel) if s.parallel else []
-    sources = {1: (captions, pairs)}
+    pictures = flagship.data(data, "train") if 2 in stages else common.CaptionedImages(data, "train", base.size)
+    captions = [text for _, texts, _ in pictures.items for text in texts]
+    sources = {1: (captions, pairs), 2: pictures}
     if 1 in stages and not pairs:
         print("warning: no --parallel: stage 1 sees English captions alone, and other languages are left to what the LLM makes of them")
-    if 2 in stages:
-        sources[2] = flagship.data(data, "train")
     if 3 in stages:                                                           # refused, if need be, before anything is trained
         sources[3] = best_pictures(s, flagship.data(data, s.quality_split))
     if features:

@@ -505,6 +505,13 @@ def learning_rate(s, step):
     return share * 0.5 * (1 + math.cos(math.pi * (step - begin) / (s.steps - begin))) if step > begin else share
 
 
+def set_rates(optimizers, s, step):
+    """Gives what `make_optimizers` made its learning rates for a step."""
+    for optimizer, highest in zip(optimizers, (s.lr, s.muon_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = highest * learning_rate(s, step)
+
+
 def make_optimizers(model, s):
     """AdamW on everything, as published; or Muon (Jordan et al. 2024) on the matrices of the blocks and AdamW on the rest.
 
@@ -567,8 +574,7 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc=s.fusion, unit="step", disable=ranks.rank > 0) as progress:
         for step, (pictures, captions, unread) in enumerate(loader, start + 1):
             broken.add(unread, pictures)
-            for group, highest in zip((group for optimizer in optimizers for group in optimizer.param_groups), (s.lr, s.muon_lr)):
-                group["lr"] = highest * learning_rate(s, step)
+            set_rates(optimizers, s, step)
             # every rank draws the noise of the whole batch and takes its share, so that their number does not change the training
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop)[mine].tolist()
