@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-DATA_HELP = ("expected either the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise) "
-             "or a folder of pictures with a .txt caption beside each")
+DATA_HELP = ("expected the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise), "
+             "a folder of pictures with a .txt caption beside each, or one with a metadata.jsonl")
 
 
 class UserError(Exception):
@@ -138,6 +138,24 @@ def read_json(path):
         raise UserError(f"{path} is not whole JSON ({error}): copy or unpack it again") from None
 
 
+def read_json_lines(path, named, fields):
+    """The objects of a file with one a line, each of which has these fields, strings. named: what a UserError for another file begins with."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")     # splitlines() also cuts at marks that JSON may hold
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{named} cannot be read ({error})") from None
+    objects = []
+    for n, line in enumerate(lines, 1):
+        try:
+            objects.append(json.loads(line))
+            if not all(isinstance(objects[-1][field], str) for field in fields):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            expected = ", ".join(f'"{field}": ...' for field in fields)
+            raise UserError(f"{named}, line {n}: expected {{{expected}}}, found {line[:60]!r}") from None
+    return objects
+
+
 def read_coco(root, split):
     """COCO captions of one split: a list of (picture path, [captions], entry of the image in the annotations)."""
     for year in ("2017", "2014"):
@@ -169,10 +187,9 @@ def read_coco(root, split):
 
 
 def read_folder(root, split):
-    """Pictures with a .txt caption (one a line) beside each; every twentieth, and at least one, is for validation."""
+    """Pictures with a .txt caption (one a line) beside each; see `twentieth`."""
     pairs = [(path, path.with_suffix(".txt")) for path in sorted(root.rglob("*")) if path.suffix.lower() in PICTURES]
-    pairs = [(path, text) for path, text in pairs if text.exists()]
-    pairs = [pair for i, pair in enumerate(pairs) if (i % 20 == 0) == (split == "val")]
+    pairs = twentieth([(path, text) for path, text in pairs if text.exists()], split)
     items = []
     for path, text in pairs:
         lines = [line.strip() for line in text.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -180,8 +197,19 @@ def read_folder(root, split):
     return [item for item in items if item[1]]
 
 
+def read_metadata(root, split):
+    """Pictures named in metadata.jsonl, a line each with "file_name" and "text", as in an imagefolder of Hugging Face; splits as above."""
+    notes = read_json_lines(root / "metadata.jsonl", root / "metadata.jsonl", ("file_name", "text"))
+    return twentieth([(root / note["file_name"], [" ".join(note["text"].split())], note) for note in notes], split)
+
+
+def twentieth(items, split):
+    """Of data without splits: every twentieth item, and at least one, for "val", the others for "train"."""
+    return [item for i, item in enumerate(items) if (i % 20 == 0) == (split == "val")]
+
+
 class CaptionedImages(torch.utils.data.Dataset):
-    """Pictures and captions of a folder: COCO 2014 or 2017, or pictures with a .txt beside each.
+    """Pictures and captions of a folder: COCO 2014 or 2017, pictures with a .txt beside each, or pictures with one metadata.jsonl.
 
     root: the folder; split: "train" or "val"; size: pixels of the square pictures.
     `self[i, draw]` -> (picture uint8 (3, S, S), one of its captions, paths of broken pictures). `draw` is an integer that decides which
@@ -192,7 +220,8 @@ class CaptionedImages(torch.utils.data.Dataset):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"--data {root}: there is no such folder; {DATA_HELP}")
-        self.items = read_coco(root, split) if (root / "annotations").is_dir() else read_folder(root, split)
+        read = read_coco if (root / "annotations").is_dir() else read_metadata if (root / "metadata.jsonl").exists() else read_folder
+        self.items = read(root, split)
         if not self.items:
             raise UserError(f"--data {root}: no picture with a caption for the {split} split; {DATA_HELP}")
         self.size = size
@@ -353,6 +382,15 @@ class TextEncoder:
         return features.float(), tokens.attention_mask.bool().to(self.device)
 
 
+def fingerprint(model, more=""):
+    """Names a frozen model, and what `more` says, down to its weights: hex. Another precision has the same."""
+    digest = hashlib.sha256(more.encode())
+    # the beginning of each tensor (all of 7 billion took a minute), in bf16 so that it is the same in whichever precision they are loaded
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class LLMEncoder:
     """A frozen language model, causal (Llama, Qwen, Gemma) or encoder (T5, BERT), as a reader: texts -> hidden states per token.
 
@@ -373,11 +411,7 @@ class LLMEncoder:
         start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.pad = next(token for token in (pad, end, start, 0) if token is not None)                  # Llama has none of its own
         self.alone = next(token for token in (start, end, self.pad) if token is not None)
-        digest = hashlib.sha256(instruction.encode() + str(layer % (layers + 1)).encode())
-        # the beginning of each tensor (all of 7 billion took a minute), in bf16 so that it is the same in whichever precision they are loaded
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
-        self.identity = digest.hexdigest()
+        self.identity = fingerprint(self.model, f"{instruction}{layer % (layers + 1)}")
         self.layer = layer % (layers + 1)
         # What comes after the layer that is read need not be computed, but for one: behind its last layer a model puts its final norm
         if self.layer < layers and hasattr(self.model, "layers"):

@@ -42,7 +42,6 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import math
 import random
 import sys
@@ -211,21 +210,7 @@ def alignment_loss(s, adapter, h, h_mask, target, mask, sees_padding):
 # ---------------------------------------------------------------------------------------------------------------- the data
 def read_pairs(path):
     """[(text, English wording)] of a file with a JSON object a line. Raises UserError for a file that is no such."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")     # splitlines() also cuts at marks that JSON may hold
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--parallel {path} cannot be read ({error})") from None
-    pairs = []
-    for n, line in enumerate(lines, 1):
-        try:
-            pair = json.loads(line)
-            text, english = pair["text"], pair["english"]
-            if not (isinstance(text, str) and isinstance(english, str)):
-                raise ValueError
-            pairs.append((text, english))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'--parallel {path}, line {n}: expected {{"text": ..., "english": ...}}, found {line[:60]!r}') from None
-    return pairs
+    return [(pair["text"], pair["english"]) for pair in common.read_json_lines(path, f"--parallel {path}", ("text", "english"))]
 
 
 def pair_batches(s, captions, pairs, start):

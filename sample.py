@@ -4,6 +4,7 @@
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
     echo "a yellow square" | python sample.py -
     python sample.py "a green train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth --guidance 2
+    python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter      # the flagship with an adapter: sur_adapter.py
     python sample.py "four purple discs" --film          # the denoising as a strip: what the network believes x_0 to be, step by step
 
 Writes one captioned grid, one file a picture with --singles, and prints where. The same seed gives the same pictures.
@@ -23,7 +24,7 @@ import common
 from common import UserError
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
-METHODS = ("uvit_fusion", "llm_adapter")
+METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter")
 
 
 def load_run(path, device="auto", precision="auto"):
@@ -247,6 +248,7 @@ def main():
     parser.add_argument("--per-prompt", type=common.positive, default=1, help="pictures a prompt (default %(default)s)")
     parser.add_argument("--columns", type=common.positive, help="pictures in a row of the grid")
     parser.add_argument("--font", help="font file for the captions, for letters that the system's own lacks")
+    parser.add_argument("--adapter", help="run of sur_adapter.py, whose adapter is put behind the text encoder of --run")
     add_run_flags(parser)
     add_sampling_flags(parser)
     args = parser.parse_args()
@@ -257,6 +259,8 @@ def main():
     if args.out and Path(args.out).suffix.lower() not in common.PICTURES:
         raise UserError(f"--out {args.out}: name a picture file, such as {args.out}.png")
     painter = load_painter(args)
+    if args.adapter:
+        painter = importlib.import_module("sur_adapter").attach(painter, args.adapter)
     face = font(prompts, args.font)
     texts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     film = [] if args.film else None

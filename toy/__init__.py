@@ -6,7 +6,8 @@ def prepare(data, clip, size=24, llm=""):
     """Builds what the toy world lacks for these settings; returns the folder of the data.
 
     data: "shapes", or the folder of other data, which is returned as it is; clip: the text encoder; size: pixels of the scenes; llm: the
-    language model, if there is one: then the toy world's pairs of sentences, pictures of differing quality and their scorer are built too.
+    language model, if there is one: then the toy world's pairs of sentences, narratives, pictures of differing quality and their scorer are
+    built too.
     """
     from toy import experts, shapes, tellings
     known = data == "shapes"
@@ -20,6 +21,7 @@ def prepare(data, clip, size=24, llm=""):
         experts.llm(shapes.build())
     if known and llm:
         tellings.build_parallel(folder)
+        tellings.build_narratives(folder)
         shapes.build_quality(folder, size)
         if Path(clip) == experts.CLIP_FOLDER:
             experts.scorer()

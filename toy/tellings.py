@@ -289,6 +289,25 @@ def narrative(scene, rng, unseen=False):
             return text
 
 
+def build_narratives(folder="data/shapes", plain_share=0.3, seed=0):
+    """Writes train2017/metadata.jsonl and val2017/metadata.jsonl beside the pictures: the format of SUR-adapter's data set.
+
+    A line a picture: {"file_name": ..., "text": a narrative prompt, "prompt": its keyword prompt}. Of the training pictures a `plain_share` has
+    a caption in the place of both: a plain prompt means what it says. The narratives of validation have a pair of facts held out.
+    """
+    for split in ("val", "train"):
+        path, rng = Path(folder) / f"{split}2017" / "metadata.jsonl", random.Random(seed)
+        if not path.exists():
+            with whole(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
+                for image in json.loads((Path(folder) / "annotations" / f"captions_{split}2017.json").read_text())["images"]:
+                    scene = shapes.Scene.from_json(image["scene"])
+                    if split == "train" and rng.random() < plain_share:
+                        text = prompt = shapes.sentence(scene, rng)
+                    else:
+                        text, prompt = narrative(scene, rng, unseen=split == "val"), shapes.keywords(scene)
+                    file.write(json.dumps({"file_name": image["file_name"], "text": text, "prompt": prompt}) + "\n")
+
+
 # ------------------------------------------------------------------------------------------------- for the language model
 def tag_score(scene, label):
     """How well a segment's label ("green circle") fits a scene: 3 if a group has its colour and its shape, 2 if one has either, else 1."""

@@ -1,0 +1,473 @@
+r"""Narrative prompts understood: an adapter on the text features, aligned to keyword prompts and distilled from an LLM (arXiv 2305.05189).
+
+The idea. "A trio of balls the colour of grass" says what "green, circle, x3" says, but a text-to-image model that has only learned the second
+does not know it. SUR, an adapter for semantic understanding and reasoning, sits between the frozen text encoder and the frozen network and
+learns from triples (narrative prompt v, keyword prompt k, picture): the picture must come out, v must come to look as k does, and the adapter's
+own states must tell what an LLM thinks of v. When drawing no LLM is needed.
+
+    x = text encoder(v)                                        (B, L, d), frozen
+    h = transformer encoder(x)                                 (B, L, d)
+    w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + x             (B, L, d)
+    a = W_2 relu(W_1 w) + w                                    (B, L, d)
+    y = x + eta fc(a)                                          (B, L, d), in the place of x; fc begins at zero, so y = x
+
+    D(p, q) = KL(softmax p || softmax q), over the d features of a token, summed over the tokens, mean over the batch
+    L = | network(x_t, t, y) - target |^2  +  prompt_weight D(text encoder(k), y)  +  llm_weight D(mean of LLM(v), P h)
+
+P is a linear map to the LLM's width. Prompts and the empty prompt go through the adapter alike.
+
+    python sur_adapter.py --train                             # on the flagship in runs/uvit_fusion: 8 min on two CPU cores
+    python sur_adapter.py --compare                           # what each term gives, and what the defects of the release cost, in one table
+    python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
+    python sur_adapter.py --train --preset paper --base runs/coco --data path/to/SURD --llm path/to/vicuna-13b
+
+Differs from the paper (what its released code does in brackets; `--as-released` brings the first four back):
+ 1. The noise loss reaches the adapter [it was cut off the graph, so that only the two weak terms below trained it].
+ 2. The encoder attends over the tokens of a prompt, padding masked [over the batch: its axes were exchanged].
+ 3. P maps the adapter's states to the LLM's width, is trained and saved. [A random map of the LLM's state to width d, frozen, not saved.] If the
+    map of the LLM's side is trained instead, it can shrink what it teaches until there is nothing to learn: see --compare.
+ 4. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
+ 5. toy: eta 1, weights 0.2 and 0.02, AdamW 2e-3 [eta 0.1, both weights 1e-5, AdamW 1e-5]; with the noise loss mended they had to be tuned again.
+ 6. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; no dropout [0.1, also when drawing].
+ 7. Captions are dropped with p = 0.1 [never], so that the empty prompt, which guides, stays what it was.
+ 8. Where the network does not see padding, tokens behind the end of k are aligned to its last one.
+ 9. The toy world's triples hold plain captions as well, each its own keyword prompt: plain prompts shall stay as they are.
+"""
+import argparse
+import copy
+import csv
+import dataclasses
+import functools
+import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import common
+import uvit_fusion
+from common import UserError, setting
+
+
+@dataclass
+class Settings:
+    """Everything that makes a run: saved as config.json, read back by whatever loads the run."""
+    # what it stands on
+    base: str = setting("runs/uvit_fusion", "run of uvit_fusion.py whose text encoder gets the adapter")
+    llm: str = setting("runs/toy/llm", "language model that is distilled: a folder in the Hugging Face format or a name on its hub")
+    llm_layer: int = setting(-2, "whose states are distilled: 0 the embeddings, -1 the last layer")
+    # the adapter
+    layers: int = setting(2, "of the transformer encoder", low=0)
+    heads: int = setting(4, "attention heads", low=1)
+    feed_forward: int = setting(96, "width of the encoder's feed-forward layers", low=1)
+    eta: float = setting(1.0, "share of the adapter in its output", above=0)
+    projection: str = setting("student", '"student": a trained map of the adapter\'s states to the LLM\'s width; "teacher": a trained map of the '
+                              'LLM\'s to the adapter\'s; "frozen": the same, not trained', choices=("student", "teacher", "frozen"))
+    as_released: bool = setting(False, "repeat the defects of the released code: no gradient from the noise loss, attention over the batch, "
+                                "a frozen projection, no identity at the start")
+    # the loss
+    noise_weight: float = setting(1.0, "weight of the noise loss", low=0)
+    prompt_weight: float = setting(0.2, "weight of the distance to the keyword prompt", low=0)
+    llm_weight: float = setting(0.02, "weight of the distance to the LLM", low=0)
+    # the training
+    steps: int = setting(1800, "training steps", low=1)
+    batch: int = setting(64, "triples a step", low=1)
+    lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
+    warmup: int = setting(50, "steps of linear warm-up", low=0)
+    decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
+    weight_decay: float = setting(0.01, "of AdamW", low=0)
+    betas: tuple = setting((0.9, 0.99), "of AdamW", low=0, high=0.99999)
+    clip_grad: float = setting(1.0, "largest norm of the gradient (0: no clipping)", low=0)
+    ema: float = setting(0.99, "decay of the running average of the weights (0: none)", low=0, high=1)
+    drop: float = setting(0.1, "share of prompts replaced by the empty one", low=0, high=1)
+    seed: int = setting(0, "of weights, order and noise", low=0, high=10**6)
+    # what it is trained on
+    data: str = setting("shapes", '"shapes" (the toy world), or a folder of pictures with metadata.jsonl, see `triples`')
+    base_identity: str = ""        # of the network and its text encoder, down to the weights; set from them, as is the next
+    llm_identity: str = ""
+    llm_dim: int = 0
+    method: str = "sur_adapter"
+
+    def __post_init__(self):
+        """Raises UserError for settings that are out of range or do not fit together."""
+        common.check_limits(self)
+
+
+PRESETS = {
+    "toy": {},
+    # the values of the release; the network was Stable Diffusion 1.5, the LLM a LLaMA of 13 billion parameters
+    "paper": dict(base="runs/coco", llm="lmsys/vicuna-13b-v1.5", heads=8, feed_forward=2048, eta=0.1, prompt_weight=1e-5, llm_weight=1e-5,
+                  steps=5000, batch=4, lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0, drop=0.0, data="SURD"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the adapter
+class Adapter(nn.Module):
+    """Text features x (B, L, d), mask (B, L) -> y (B, L, d), which takes their place, and the encoder's states h (B, L, d).
+
+    d: `dim`; llm_dim: width of the LLM that is distilled. A padded token changes no other token, a prompt no other prompt.
+    """
+    def __init__(self, s, dim, llm_dim):
+        super().__init__()
+        if dim % s.heads:
+            raise UserError(f"--heads {s.heads} cannot share text features of {dim}: choose a divisor of it")
+        self.eta, self.released, self.projection = s.eta, s.as_released, "frozen" if s.as_released else s.projection
+        # without batch_first, (B, L, d) is taken for B tokens of L prompts: that was the release's attention over the batch
+        layer = nn.TransformerEncoderLayer(dim, s.heads, s.feed_forward, dropout=0.0, batch_first=not s.as_released)
+        self.encoder = nn.TransformerEncoder(layer, s.layers, enable_nested_tensor=False)
+        self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.fc = nn.Linear(dim, dim)
+        self.project = nn.Linear(dim, llm_dim) if self.projection == "student" else nn.Linear(llm_dim, dim)      # P
+        nn.init.zeros_(self.fc.weight)
+        if not s.as_released:
+            nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x, mask):
+        unseen = None if self.released else ~mask
+        h = self.encoder(x, src_key_padding_mask=unseen)                                   # (B, L, d)
+        # w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + x
+        logits = self.query(h) @ self.key(x).transpose(1, 2) * x.shape[-1]**-0.5           # (B, L, L)
+        if unseen is not None:
+            logits = logits.masked_fill(unseen[:, None], -math.inf)
+        w = logits.float().softmax(-1) @ x + x                                             # (B, L, d)
+        a = self.mlp(w) + w                                                                # a = W_2 relu(W_1 w) + w
+        o = self.fc(a).float()
+        return ((1 - self.eta) * x if self.released else x) + self.eta * o, h.float()      # y = x + eta fc(a)
+
+
+class AdaptedEncoder:
+    """A text encoder with the adapter behind it: captions -> features (B, L, d), mask (B, L)."""
+    def __init__(self, encoder, adapter, precision):
+        self.encoder, self.adapter, self.precision = encoder, adapter, precision
+        self.device, self.dim, self.length = encoder.device, encoder.dim, encoder.length
+
+    def __call__(self, captions):
+        x, mask = self.encoder(captions)
+        with common.autocast(self.device, self.precision):
+            return self.adapter(x, mask)[0], mask
+
+
+# --------------------------------------------------------------------------------------------------------------- the loss
+def divergence(teacher, student, seen):
+    """D = KL(softmax student || softmax teacher) over features (B, L, d), summed over the seen tokens (B, L), mean over the batch.
+
+    The release's order, in which the student is asked to put nothing where the teacher has nothing.
+    """
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) * seen).sum() / len(seen)
+
+
+def behind_the_end(target, mask):
+    """Features (B, L, d) in which the tokens behind the end of a prompt, mask (B, L), are its last one again."""
+    places = torch.arange(mask.shape[1], device=mask.device).minimum(mask.sum(1, keepdim=True) - 1)             # (B, L)
+    return target.gather(1, places[..., None].expand_as(target))
+
+
+def losses(s, adapter, painter, narratives, prompts, thoughts, x_0, t, eps):
+    """The three terms of the loss, unweighted: {"noise", "prompt", "llm"}; those of weight 0 are left out.
+
+    narratives, prompts: lists of B texts; thoughts (B, llm_dim): the LLM's of the narratives; x_0, eps (B, C, S, S), t (B,): as in
+    `uvit_fusion.Diffusion.loss`; painter: of the base, whose network and text encoder are frozen.
+    """
+    (x, mask), (target, target_mask) = painter.encoder(narratives), painter.encoder(prompts)
+    seen, terms = torch.ones_like(mask), {}
+    if painter.settings.mask_text:                                            # a network that sees padding is taught what to see there
+        seen, target = mask, behind_the_end(target, target_mask)
+    with common.autocast(painter.device, painter.precision):
+        y, h = adapter(x, mask)
+        if s.noise_weight:
+            text = y.detach() if s.as_released else y
+            terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask), x_0, t, eps)
+        if s.prompt_weight:
+            terms["prompt"] = divergence(target, y, seen)
+        if s.llm_weight and adapter.projection == "student":
+            terms["llm"] = divergence(thoughts[:, None], adapter.project(h).float(), seen)
+        elif s.llm_weight:
+            terms["llm"] = divergence(adapter.project(thoughts).float()[:, None], h, seen)
+    return terms
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+def think(llm, texts):
+    """The mean over its tokens of the LLM's states of each text: a list of B -> (B, llm_dim)."""
+    features, mask = llm(texts)
+    return (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def triples(painter, data, split):
+    """The captioned pictures of a split, whose captions are pairs (narrative, keyword prompt). Raises UserError if the data hold none."""
+    dataset = painter.data(data, split)
+    if not all(isinstance(note.get("prompt"), str) for _, _, note in dataset.items):
+        raise UserError(f'--data {data}: expected a folder of pictures with metadata.jsonl, each line {{"file_name": ..., "text": (narrative), '
+                        '"prompt": (keywords)}')
+    dataset.items = [(path, [(text, note["prompt"]) for text in texts], note) for path, texts, note in dataset.items]
+    return dataset
+
+
+def train(s, painter, llm, dataset, folder, options):
+    """Trains an adapter for a frozen base and fills the run folder; returns a painter that draws with its averaged weights.
+
+    painter: of the base; llm: `common.LLMEncoder` or a cache of it; dataset: of `triples`. What step n does depends on the settings and on n alone.
+    """
+    import sample  # here, since it imports method files
+    folder, base, device, diffusion = Path(folder), painter.settings, painter.device, painter.diffusion
+    if s.batch % options.accumulate:
+        raise UserError(f"--batch {s.batch} cannot be worked through in {options.accumulate} equal parts: choose a multiple of --accumulate")
+    torch.manual_seed(s.seed)
+    adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
+    average = copy.deepcopy(adapter).requires_grad_(False)
+    adapter.project.requires_grad_(adapter.projection != "frozen")
+    optimizer, start = torch.optim.AdamW(adapter.parameters(), s.lr, s.betas, weight_decay=s.weight_decay, fused=True), 0
+    state = common.open_run(folder, s, options)
+    if state:
+        if state["precision"] != str(painter.precision):
+            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {painter.precision}: name it with "
+                            "--precision")
+        for module, name in ((adapter, "adapter"), (average, "average")):
+            common.load_into(module, state[name], folder / "state.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    names = [name for name in ("noise", "prompt", "llm") if getattr(s, f"{name}_weight")]
+    metrics, broken = common.Metrics(folder, ["step", "lr", *names], start), common.BrokenPictures(len(dataset))
+    generator, shape, sums = torch.Generator(device), (s.batch, base.channels, base.size, base.size), []
+    uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
+    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, options.workers)
+    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc="adapter", unit="step") as progress:
+        for step, (pictures, texts, unread) in enumerate(loader, start + 1):
+            broken.add(unread, pictures)
+            optimizer.param_groups[0]["lr"] = s.lr * uvit_fusion.learning_rate(s, step)
+            generator.manual_seed(s.seed * 10**9 + step)
+            dropped = (uniform(s.batch) < s.drop).tolist()
+            t = 1 + (diffusion.T * uniform(s.batch)**base.time_power).long().clamp(max=diffusion.T - 1)
+            eps, x_0 = normal(shape), painter.to_x_0(pictures, normal(shape) if painter.autoencoder else None)
+            texts = [("", "") if drop else pair for drop, pair in zip(dropped, texts)]
+            adapter.zero_grad()
+            size = s.batch // options.accumulate
+            for part in (slice(i, i + size) for i in range(0, s.batch, size)):
+                narratives, prompts = map(list, zip(*texts[part]))
+                thoughts = think(llm, narratives) if s.llm_weight else None
+                terms = losses(s, adapter, painter, narratives, prompts, thoughts, x_0[part], t[part], eps[part])
+                loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items()) / options.accumulate
+                if loss.requires_grad:                                        # as released, the noise loss alone would train nothing
+                    loss.backward()
+                sums.append(torch.stack([terms[name].detach() for name in names]))
+            if s.clip_grad:
+                torch.nn.utils.clip_grad_norm_(adapter.parameters(), s.clip_grad)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(adapter.parameters()), 1 - min(s.ema, step / (step + 10)))
+            progress.update()
+            save = step % options.save_every == 0 or step == s.steps or interrupt.asked
+            if not save and step % 20:
+                continue
+            means, sums = torch.stack(sums).mean(0).tolist(), []
+            if not all(map(math.isfinite, means)):
+                raise UserError(f"the loss is {means} at step {step}; the last checkpoint stays as it was: try a lower --lr")
+            metrics.add(step, s.lr * uvit_fusion.learning_rate(s, step), *means)
+            progress.set_postfix({name: f"{mean:.4f}" for name, mean in zip(names, means)})
+            if save:
+                common.save_tensors(average.state_dict(), folder / "model.safetensors")
+                with common.whole(folder / "state.pt") as unfinished:
+                    torch.save({"adapter": adapter.state_dict(), "average": average.state_dict(), "step": step, "precision": str(painter.precision),
+                                "optimizer": optimizer.state_dict()}, unfinished)
+                sample.plot({name: metrics.column(name) for name in names}, folder / "loss.png", "step", "terms of the loss", log=True)
+            if interrupt.asked and step < s.steps:
+                print(f"stopped after step {step}; to go on: the same command with --resume")
+                sys.exit(130)
+    return adapted(painter, average.eval(), folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+def identity(painter):
+    """Of a base, network and text encoder, down to their weights. Raises UserError for a base of another method."""
+    if not isinstance(painter.encoder, common.TextEncoder):
+        raise UserError(f"{painter.folder}/ is a run of another adapter: this one needs the text encoder itself, a run of uvit_fusion.py")
+    return common.fingerprint(nn.ModuleList([painter.model, painter.encoder.model]))
+
+
+def adapted(painter, adapter, folder):
+    """The painter of a base with an adapter behind its text encoder."""
+    painter = copy.copy(painter)
+    painter.encoder, painter.folder = AdaptedEncoder(painter.encoder, adapter, painter.precision), Path(folder)
+    return painter
+
+
+def attach(painter, path):
+    """A painter that draws with the adapter of a run folder, or of a .safetensors file in one. Raises UserError if it was made for another base."""
+    path = Path(path)
+    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    s = common.read_settings(Settings, folder)
+    if s.base_identity != identity(painter):
+        raise UserError(f"the adapter in {folder}/ was made for {s.base} as it was then, not for this network and text encoder: "
+                        "name the base that it was made for with --run, or train it anew")
+    adapter = Adapter(s, painter.encoder.dim, s.llm_dim).to(painter.device).eval().requires_grad_(False)
+    common.load_into(adapter, common.read_weights(weights, f"checkpoint {weights}"), weights)
+    return adapted(painter, adapter, folder)
+
+
+def load(path, device, precision):
+    """The painter of a run folder, or of a .safetensors file in one, on the base that it names."""
+    folder = Path(path).parent if Path(path).suffix == ".safetensors" else Path(path)
+    return attach(uvit_fusion.load(common.read_settings(Settings, folder).base, device, precision), path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- grading
+def riddles(scenes):
+    """A narrative for each validation scene, the same each time, with a pair of facts that never met in training."""
+    from toy import tellings
+    return [tellings.narrative(scene, random.Random(i), unseen=True) for i, scene in enumerate(scenes)]
+
+
+def share(name, verdicts):
+    """{name: percent of the verdicts that are 1, name_ci: half of its 95 % interval}; nan are left out."""
+    import eval as grade
+    return {name: 100 * float(np.nanmean(verdicts)), f"{name}_ci": 100 * float(grade.interval(verdicts))}
+
+
+def grade_adapter(base, painter, data, samples, steps):
+    """Draws held-out scenes, told as narratives and as plain captions, with the base and with the adapter, from the same noise.
+
+    Prints a table and returns its figures.
+    """
+    import eval as grade
+    from toy.shapes import FIELDS
+    scenes, captions, unseen = grade.validation_prompts(data, base.settings.size, samples)
+    told, drawn, right = {"narrative": riddles(scenes), "plain": captions}, {}, {}
+    for side, who in (("base_", base), ("", painter)):
+        for kind, prompts in told.items():
+            drawn[side + kind] = who.draw(prompts, steps=steps, progress=True)
+            right[side + kind] = grade.judged(drawn[side + kind], scenes, unseen)[1]
+    figures, rows = {}, [["right, %", "base", "with the adapter", "+-"]]
+    for kind, field, name in (("plain", "all", "plain"), ("narrative", "all", "narrative"), *(("narrative", field, field) for field in FIELDS[:4])):
+        before, after = share(f"base_{name}", right[f"base_{kind}"][field]), share(name, right[kind][field])
+        figures |= before | after
+        rows.append([f"{kind}, {field}", before[f"base_{name}"], *after.values()])
+    figures |= share("plain_loss", right["base_plain"]["all"] - right["plain"]["all"])
+    figures["narrative_share"] = 100 * figures["narrative"] / figures["base_plain"]
+    weights, own = (sum(p.numel() for p in model.parameters()) for model in (base.model, painter.encoder.adapter))
+    figures["adapter_share"] = 100 * own / weights
+    clip, dataset = grade.ClipScorer(base.settings.clip, base.device), common.CaptionedImages(data, "val", base.side)
+    pictures = {"real": torch.stack([dataset.picture(i) for i in range(len(scenes))]).permute(0, 2, 3, 1),
+                "distance_base": drawn["base_plain"], "distance": drawn["plain"]}
+    seen = {name: grade.statistics(clip.images(some).cpu().numpy()) for name, some in pictures.items()}
+    figures |= {name: grade.frechet_distance(*seen["real"], *seen[name]) for name in ("distance_base", "distance")}
+    grade.print_table(rows, f"{painter.folder}: {len(scenes)} held-out scenes, {steps} steps, guidance {base.settings.guidance:g}")
+    print(f"narratives reach {figures['narrative_share']:.0f} % of the base's figure on plain captions, of which {figures['plain_loss']:.1f} +- "
+          f"{figures['plain_loss_ci']:.1f} points are lost, pair by pair;\ntiny-CLIP distance of plain pictures to real ones "
+          f"{figures['distance_base']:.4f}, with the adapter {figures['distance']:.4f}; it has {figures['adapter_share']:.1f} % of the base's parameters")
+    return figures
+
+
+def draw_riddles(base, painter, data):
+    """A grid of narratives, drawn by the base, with the adapter, and by the base from the keyword prompts of the same scenes."""
+    import eval as grade
+    import sample
+    from toy import shapes
+    scenes, _, _ = grade.validation_prompts(data, base.settings.size, 8)
+    told, keywords = riddles(scenes), [shapes.keywords(scene) for scene in scenes]
+    pictures = np.concatenate([base.draw(told), painter.draw(told), base.draw(keywords)])
+    path = painter.folder / "samples" / "narratives.png"
+    sample.picture_grid(pictures, [""] * 8 + told + keywords, path, columns=8, titles=["base", "with the adapter", "base, keyword prompts"])
+    print(f"narratives, drawn: {path}")
+
+
+ABLATIONS = {                                                                # name: what is changed
+    "as_intended": {},
+    "as_released": {"as_released": True},
+    "no_llm": {"llm_weight": 0.0},
+    "no_prompt": {"prompt_weight": 0.0},
+    "no_noise": {"noise_weight": 0.0},
+    "teacher": {"projection": "teacher"},
+    "frozen": {"projection": "frozen"},
+}
+
+
+def compare(s, base, llm, dataset, data, folder, args):
+    """Trains each ablation with the same steps and grades it on narratives and on plain captions, from the same noise, beside the base.
+
+    "llm" in the table is the LLM term at the end of the training. A run that is finished is kept, so the command can be given again.
+    """
+    import eval as grade
+    scenes, captions, unseen = grade.validation_prompts(data, base.settings.size, args.samples)
+    told, figures = {"narrative": riddles(scenes), "plain": captions}, {}
+    rows = [["all right, %", "narratives", "+-", "plain", "LLM term"]]
+    for name in ("base", *ABLATIONS):
+        painter, term = base, ""
+        if name in ABLATIONS:
+            one, run = dataclasses.replace(s, **ABLATIONS[name]), folder / name
+            if (run / "done").exists():
+                common.check_settings(run, one)
+                painter = attach(base, run)
+            else:
+                painter = train(one, base, llm, dataset, run, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
+                (run / "done").touch()
+            if one.llm_weight:
+                with open(run / "metrics.csv", newline="") as file:
+                    term = f"{float([*csv.DictReader(file)][-1]['llm']):.4f}"
+        right = {kind: grade.judged(painter.draw(prompts, steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
+                 for kind, prompts in told.items()}
+        figures |= share(name, right["narrative"]) | {f"{name}_plain": share("plain", right["plain"])["plain"]}
+        rows.append([name, figures[name], figures[f"{name}_ci"], figures[f"{name}_plain"], term])
+        grade.write_results(folder, figures)
+    grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, {s.steps} steps of training, {args.sample_steps} of drawing")
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    action = parser.add_argument_group("what to do")
+    action.add_argument("--train", action="store_true", help="train the adapter, draw narratives and, on the toy world, grade them")
+    action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
+    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
+    parser.add_argument("--out", help="run folder (default runs/sur_adapter; --compare: runs/sur_compare)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--accumulate", type=common.positive, default=1, help="parts that a batch is worked through in (default %(default)s)")
+    parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
+    parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
+    parser.add_argument("--features", help="folder for the LLM's features of all narratives, computed once: pays for a large LLM (default: none)")
+    common.add_machine_flags(parser)
+    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    args = parser.parse_args()
+    if not (args.train or args.compare):
+        parser.print_help()
+        return
+    import eval as grade
+    import sample
+    import toy
+    s = common.make_settings(Settings, PRESETS, args)
+    options = common.Options(resume=args.resume, overwrite=args.overwrite, accumulate=args.accumulate)
+    folder = Path(args.out or ("runs/sur_compare" if args.compare else "runs/sur_adapter"))
+    if args.train:
+        common.check_run(folder, options)
+    base = sample.load_or_train(s.base, args.device, args.precision)
+    data, known = toy.prepare(s.data, base.settings.clip, base.side, s.llm), s.data == "shapes"
+    if args.compare and not known:
+        raise UserError("--compare grades with the exact judge of the toy world: without --data")
+    begin = time.time()
+    dataset = triples(base, Path(data) / "train2017" if known else data, "train")
+    llm = common.LLMEncoder(s.llm, s.llm_layer, "", base.device, base.precision)
+    s = dataclasses.replace(s, base_identity=identity(base), llm_identity=llm.identity, llm_dim=llm.dim)
+    if args.features:
+        llm = common.CachedLLM(llm, ["", *(text for _, pairs, _ in dataset.items for text, _ in pairs)], args.features)
+    if args.compare:
+        compare(s, base, llm, dataset, data, folder, args)
+        return
+    painter = train(s, base, llm, dataset, folder, options)
+    if known:
+        draw_riddles(base, painter, data)
+        grade.write_results(folder, grade_adapter(base, painter, data, args.samples, args.sample_steps) | {"seconds": time.time() - begin})
+        print(f"{time.time() - begin:.0f} s beyond the flagship and the LLM; figures in {folder / 'results.json'}")
+    else:
+        grade.report(painter, data, args.samples, begin, __file__)
+
+
+if __name__ == "__main__":
+    common.entry(main)
