@@ -78,7 +78,9 @@ class Settings:
     # the training
     steps: int = setting(1800, "training steps", low=1)
     batch: int = setting(64, "triples a step", low=1)
+    optimizer: str = setting("muon", '"adamw", or "muon" for the adapter\'s matrices but the last and AdamW for the rest', choices=("adamw", "muon"))
     lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
+    muon_lr: float = setting(2e-2, "and of Muon", above=0)
     warmup: int = setting(50, "steps of linear warm-up", low=0)
     decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
     weight_decay: float = setting(0.01, "of AdamW", low=0)
@@ -119,7 +121,10 @@ class Adapter(nn.Module):
             raise UserError(f"--heads {s.heads} cannot share text features of {dim}: choose a divisor of it")
         self.eta, self.released, self.projection = s.eta, s.as_released, "frozen" if s.as_released else s.projection
         # without batch_first, (B, L, d) is taken for B tokens of L prompts: that was the release's attention over the batch
-        layer = nn.TransformerEncoderLayer(dim, s.heads, s.feed_forward, dropout=0.0, batch_first=not s.as_released)
+        layer = nn.TransformerEncoderLayer(dim, s.heads, s.feed_forward, dropout=0.0, batch_first=not s.as_released, norm_first=not s.as_released)
+        if not s.as_released:                                                              # layers that begin as the identity
+            nn.init.zeros_(layer.self_attn.out_proj.weight)
+            nn.init.zeros_(layer.linear2.weight)
         self.encoder = nn.TransformerEncoder(layer, s.layers, enable_nested_tensor=False)
         self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
@@ -211,6 +216,13 @@ def triples(painter, data, split):
     return dataset
 
 
+def make_optimizers(adapter, s):
+    matrices = [p for name, p in adapter.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and name.split(".")[0] not in ("fc", "project")]
+    rest = [p for p in adapter.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
+    return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
+
+
 def train(s, painter, llm, dataset, folder, options):
     """Trains an adapter for a frozen base and fills the run folder; returns a painter that draws with its averaged weights.
 
@@ -224,7 +236,7 @@ def train(s, painter, llm, dataset, folder, options):
     adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
     average = copy.deepcopy(adapter).requires_grad_(False)
     adapter.project.requires_grad_(adapter.projection != "frozen")
-    optimizer, start = torch.optim.AdamW(adapter.parameters(), s.lr, s.betas, weight_decay=s.weight_decay, fused=True), 0
+    optimizers, start = make_optimizers(adapter, s), 0
     state = common.open_run(folder, s, options)
     if state:
         if state["precision"] != str(painter.precision):
@@ -232,7 +244,8 @@ def train(s, painter, llm, dataset, folder, options):
                             "--precision")
         for module, name in ((adapter, "adapter"), (average, "average")):
             common.load_into(module, state[name], folder / "state.pt")
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         start = state["step"]
     names = [name for name in ("noise", "prompt", "llm") if getattr(s, f"{name}_weight")]
     metrics, broken = common.Metrics(folder, ["step", "lr", *names], start), common.BrokenPictures(len(dataset))
@@ -242,7 +255,7 @@ def train(s, painter, llm, dataset, folder, options):
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc="adapter", unit="step") as progress:
         for step, (pictures, texts, unread) in enumerate(loader, start + 1):
             broken.add(unread, pictures)
-            optimizer.param_groups[0]["lr"] = s.lr * uvit_fusion.learning_rate(s, step)
+            uvit_fusion.set_rates(optimizers, s, step)
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop).tolist()
             t = 1 + (diffusion.T * uniform(s.batch)**base.time_power).long().clamp(max=diffusion.T - 1)
@@ -260,7 +273,8 @@ def train(s, painter, llm, dataset, folder, options):
                 sums.append(torch.stack([terms[name].detach() for name in names]))
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(adapter.parameters(), s.clip_grad)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(adapter.parameters()), 1 - min(s.ema, step / (step + 10)))
             progress.update()
@@ -276,7 +290,7 @@ def train(s, painter, llm, dataset, folder, options):
                 common.save_tensors(average.state_dict(), folder / "model.safetensors")
                 with common.whole(folder / "state.pt") as unfinished:
                     torch.save({"adapter": adapter.state_dict(), "average": average.state_dict(), "step": step, "precision": str(painter.precision),
-                                "optimizer": optimizer.state_dict()}, unfinished)
+                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished)
                 sample.plot({name: metrics.column(name) for name in names}, folder / "loss.png", "step", "terms of the loss", log=True)
             if interrupt.asked and step < s.steps:
                 print(f"stopped after step {step}; to go on: the same command with --resume")
@@ -361,7 +375,7 @@ def grade_adapter(base, painter, data, samples, steps):
     grade.print_table(rows, f"{painter.folder}: {len(scenes)} held-out scenes, {steps} steps, guidance {base.settings.guidance:g}")
     print(f"narratives reach {figures['narrative_share']:.0f} % of the base's figure on plain captions, of which {figures['plain_loss']:.1f} +- "
           f"{figures['plain_loss_ci']:.1f} points are lost, pair by pair;\ntiny-CLIP distance of plain pictures to real ones "
-          f"{figures['distance_base']:.4f}, with the adapter {figures['distance']:.4f}; it has {figures['adapter_share']:.1f} % of the base's parameters")
+          f"{figures['distance_base']:.4f}, with the adapter {figures['distance']:.4f}; it is {figures['adapter_share']:.1f} % of the base's size")
     return figures
 
 

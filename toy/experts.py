@@ -166,18 +166,18 @@ def training_scenes(data):
 
 def batches_of_lines(lines, tokens, rng):
     """Lists of token numbers in batches of at most `tokens`, padding included: lines of like length together, in random order."""
+    batch = []
     while True:
-        pool, batch = sorted(itertools.islice(lines, 2048), key=len), []
-        ready = []
+        pool, batch, ready = sorted([*batch, *itertools.islice(lines, 2048)], key=len), [], []
         for line in pool:
             if batch and (len(batch) + 1) * len(line) > tokens:
                 ready.append(batch)
                 batch = []
-            batch.append(line)
+            batch.append(line)                                          # the last batch, not full yet, begins the next pool
         yield from rng.sample(ready, len(ready))
 
 
-def llm(data="data/shapes", folder=LLM_FOLDER, steps=1500, tokens=1536, seed=0):
+def llm(data="data/shapes", folder=LLM_FOLDER, steps=1700, tokens=1536, seed=0):
     """The folder of the tiny LLM; trains and saves it if it is not there. An interrupted build leaves nothing."""
     folder = Path(folder)
     if (folder / "config.json").exists():
@@ -193,11 +193,12 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1500, tokens=1536, seed=0):
     precision = pick_precision("auto", device)
     model = LlamaForCausalLM._from_config(
         LlamaConfig(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                    max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=2, eos_token_id=3),
+                    max_position_embeddings=CONTEXT, pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=True),
         attn_implementation="eager" if device.type == "cpu" else "sdpa").to(device)
-    # To score a label the model must look it up in the caption, which is learned late and suddenly: after some 400 steps (of label lines
-    # alone) from large embeddings and layers that do nothing yet
+    # To score a label the model must look it up in the caption, which is learned late and suddenly, after some 700 steps: from large
+    # embeddings, which are also what the outputs are compared with, and layers that do nothing yet. Without them it never was.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    torch.nn.init.constant_(model.model.norm.weight, 0.1)
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -209,6 +210,7 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1500, tokens=1536, seed=0):
     with tqdm(itertools.islice(batches_of_lines(numbers, tokens, rng), steps), desc="tiny LLM", unit="step", total=steps) as progress:
         for batch in progress:
             x = torch.nn.utils.rnn.pad_sequence([torch.tensor(line) for line in batch], batch_first=True, padding_value=-1).to(device)
+            x = F.pad(x, (0, -x.shape[1] % 8), value=-1)                # few different shapes: see `llm_adapter.Adapter`
             with autocast(device, precision):                           # it attends causally: padding behind a line changes nothing
                 logits = model(input_ids=x.clamp(min=0)).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten(), ignore_index=-1)
