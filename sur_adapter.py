@@ -28,7 +28,8 @@ Differs from the paper (what its released code does in brackets; `--as-released`
     map of the LLM's side is trained instead, it can shrink what it teaches until there is nothing to learn: see --compare.
  4. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
  5. toy: eta 1, weights 0.2 and 0.02, AdamW 2e-3 [eta 0.1, both weights 1e-5, AdamW 1e-5]; with the noise loss mended they had to be tuned again.
- 6. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; no dropout [0.1, also when drawing].
+ 6. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; norms before the layers, which begin as the identity [behind them], GELU [ReLU]; no
+    dropout [0.1, also when drawing]; Muon for the matrices of the encoder [AdamW].
  7. Captions are dropped with p = 0.1 [never], so that the empty prompt, which guides, stays what it was.
  8. Where the network does not see padding, tokens behind the end of k are aligned to its last one.
  9. The toy world's triples hold plain captions as well, each its own keyword prompt: plain prompts shall stay as they are.
@@ -53,6 +54,7 @@ from tqdm import tqdm
 import common
 import uvit_fusion
 from common import UserError, setting
+from uvit_fusion import Attention, softmax_attention
 
 
 @dataclass
@@ -78,7 +80,8 @@ class Settings:
     # the training
     steps: int = setting(1800, "training steps", low=1)
     batch: int = setting(64, "triples a step", low=1)
-    optimizer: str = setting("muon", '"adamw", or "muon" for the adapter\'s matrices but the last and AdamW for the rest', choices=("adamw", "muon"))
+    pictures: int = setting(16, "of them whose noise loss is computed, which takes far longer than the other terms", low=1)
+    optimizer: str = setting("muon", '"adamw", or "muon" for the matrices of the blocks and AdamW for the rest', choices=("adamw", "muon"))
     lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
     muon_lr: float = setting(2e-2, "and of Muon", above=0)
     warmup: int = setting(50, "steps of linear warm-up", low=0)
@@ -99,17 +102,33 @@ class Settings:
     def __post_init__(self):
         """Raises UserError for settings that are out of range or do not fit together."""
         common.check_limits(self)
+        if self.pictures > self.batch:
+            raise UserError(f"--pictures {self.pictures}: choose --batch, {self.batch}, or less")
 
 
 PRESETS = {
     "toy": {},
     # the values of the release; the network was Stable Diffusion 1.5, the LLM a LLaMA of 13 billion parameters
     "paper": dict(base="runs/coco", llm="lmsys/vicuna-13b-v1.5", heads=8, feed_forward=2048, eta=0.1, prompt_weight=1e-5, llm_weight=1e-5,
-                  steps=5000, batch=4, lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0, drop=0.0, data="SURD"),
+                  steps=5000, batch=4, pictures=4, lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0, drop=0.0, data="SURD"),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------ the adapter
+class EncoderBlock(nn.Module):
+    """A pre-norm layer of the transformer encoder, h (B, L, d) -> (B, L, d), with a narrow feed-forward part; it begins as the identity."""
+    def __init__(self, dim, heads, feed_forward):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim))
+        nn.init.zeros_(self.attn.proj.weight)
+        nn.init.zeros_(self.mlp[2].weight)
+
+    def forward(self, h, bias=None):
+        h = h + self.attn(self.norm1(h), bias=bias)
+        return h + self.mlp(self.norm2(h))
+
+
 class Adapter(nn.Module):
     """Text features x (B, L, d), mask (B, L) -> y (B, L, d), which takes their place, and the encoder's states h (B, L, d).
 
@@ -120,12 +139,7 @@ class Adapter(nn.Module):
         if dim % s.heads:
             raise UserError(f"--heads {s.heads} cannot share text features of {dim}: choose a divisor of it")
         self.eta, self.released, self.projection = s.eta, s.as_released, "frozen" if s.as_released else s.projection
-        # without batch_first, (B, L, d) is taken for B tokens of L prompts: that was the release's attention over the batch
-        layer = nn.TransformerEncoderLayer(dim, s.heads, s.feed_forward, dropout=0.0, batch_first=not s.as_released, norm_first=not s.as_released)
-        if not s.as_released:                                                              # layers that begin as the identity
-            nn.init.zeros_(layer.self_attn.out_proj.weight)
-            nn.init.zeros_(layer.linear2.weight)
-        self.encoder = nn.TransformerEncoder(layer, s.layers, enable_nested_tensor=False)
+        self.encoder_blocks = nn.ModuleList(EncoderBlock(dim, s.heads, s.feed_forward) for _ in range(s.layers))
         self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.fc = nn.Linear(dim, dim)
@@ -135,13 +149,18 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.fc.bias)
 
     def forward(self, x, mask):
-        unseen = None if self.released else ~mask
-        h = self.encoder(x, src_key_padding_mask=unseen)                                   # (B, L, d)
+        bias = torch.zeros(mask.shape, device=x.device)                                    # (B, L), added to the logits of the keys
+        if self.released:
+            h = x.transpose(0, 1)                                                          # taken for B tokens of L prompts: that was the
+            for block in self.encoder_blocks:                                              # release's attention over the batch
+                h = block(h)
+            h = h.transpose(0, 1)
+        else:
+            h, bias = x, bias.masked_fill(~mask, -math.inf)
+            for block in self.encoder_blocks:
+                h = block(h, bias[:, None, None])                                          # (B, L, d)
         # w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + x
-        logits = self.query(h) @ self.key(x).transpose(1, 2) * x.shape[-1]**-0.5           # (B, L, L)
-        if unseen is not None:
-            logits = logits.masked_fill(unseen[:, None], -math.inf)
-        w = logits.float().softmax(-1) @ x + x                                             # (B, L, d)
+        w = softmax_attention(self.query(h), self.key(x), x, bias[:, None]) + x            # (B, L, d)
         a = self.mlp(w) + w                                                                # a = W_2 relu(W_1 w) + w
         o = self.fc(a).float()
         return ((1 - self.eta) * x if self.released else x) + self.eta * o, h.float()      # y = x + eta fc(a)
@@ -178,18 +197,18 @@ def behind_the_end(target, mask):
 def losses(s, adapter, painter, narratives, prompts, thoughts, x_0, t, eps):
     """The three terms of the loss, unweighted: {"noise", "prompt", "llm"}; those of weight 0 are left out.
 
-    narratives, prompts: lists of B texts; thoughts (B, llm_dim): the LLM's of the narratives; x_0, eps (B, C, S, S), t (B,): as in
-    `uvit_fusion.Diffusion.loss`; painter: of the base, whose network and text encoder are frozen.
+    narratives, prompts: (features (B, L, d), mask (B, L)) of the text encoder; thoughts (B, llm_dim): the LLM's of the narratives; x_0, eps
+    (b, C, S, S), t (b,): as in `uvit_fusion.Diffusion.loss`, of the first b <= B; painter: of the base, which is frozen.
     """
-    (x, mask), (target, target_mask) = painter.encoder(narratives), painter.encoder(prompts)
-    seen, terms = torch.ones_like(mask), {}
+    (x, mask), (target, target_mask) = narratives, prompts
+    seen, terms, b = torch.ones_like(mask), {}, len(t)
     if painter.settings.mask_text:                                            # a network that sees padding is taught what to see there
         seen, target = mask, behind_the_end(target, target_mask)
     with common.autocast(painter.device, painter.precision):
         y, h = adapter(x, mask)
         if s.noise_weight:
-            text = y.detach() if s.as_released else y
-            terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask), x_0, t, eps)
+            text = (y.detach() if s.as_released else y)[:b]
+            terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask[:b]), x_0, t, eps)
         if s.prompt_weight:
             terms["prompt"] = divergence(target, y, seen)
         if s.llm_weight and adapter.projection == "student":
@@ -206,6 +225,21 @@ def think(llm, texts):
     return (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
+class Remembered:
+    """A frozen text encoder that keeps in memory what it made of a text, as long as that is not too much: a data set's texts come many times."""
+    def __init__(self, encoder, most=1e9):
+        self.encoder, self.kept, self.most = encoder, {}, most / (4 * encoder.length * encoder.dim)
+
+    def __call__(self, texts):
+        """As the encoder: features (B, L, d), mask (B, L)."""
+        new = [text for text in dict.fromkeys(texts) if text not in self.kept]
+        fresh = {text: pair for text, *pair in zip(new, *self.encoder(new))} if new else {}
+        if len(self.kept) + len(new) <= self.most:
+            self.kept |= fresh
+        features, masks = zip(*(fresh.get(text) or self.kept[text] for text in texts))
+        return torch.stack(features), torch.stack(masks)
+
+
 def triples(painter, data, split):
     """The captioned pictures of a split, whose captions are pairs (narrative, keyword prompt). Raises UserError if the data hold none."""
     dataset = painter.data(data, split)
@@ -217,7 +251,10 @@ def triples(painter, data, split):
 
 
 def make_optimizers(adapter, s):
-    matrices = [p for name, p in adapter.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and name.split(".")[0] not in ("fc", "project")]
+    """AdamW, as published; or Muon on the matrices and AdamW on the rest, for `uvit_fusion.set_rates`."""
+    import os
+    skip = os.environ.get("SKIP", "fc,project").split(",")
+    matrices = [p for name, p in adapter.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and name.split(".")[0] not in skip]
     rest = [p for p in adapter.parameters() if all(p is not matrix for matrix in matrices)]
     optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
     return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
@@ -230,8 +267,9 @@ def train(s, painter, llm, dataset, folder, options):
     """
     import sample  # here, since it imports method files
     folder, base, device, diffusion = Path(folder), painter.settings, painter.device, painter.diffusion
-    if s.batch % options.accumulate:
-        raise UserError(f"--batch {s.batch} cannot be worked through in {options.accumulate} equal parts: choose a multiple of --accumulate")
+    if s.batch % options.accumulate or s.pictures % options.accumulate:
+        raise UserError(f"--batch {s.batch} and --pictures {s.pictures} cannot be worked through in {options.accumulate} equal parts: "
+                        "choose multiples of --accumulate")
     torch.manual_seed(s.seed)
     adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
     average = copy.deepcopy(adapter).requires_grad_(False)
@@ -249,7 +287,8 @@ def train(s, painter, llm, dataset, folder, options):
         start = state["step"]
     names = [name for name in ("noise", "prompt", "llm") if getattr(s, f"{name}_weight")]
     metrics, broken = common.Metrics(folder, ["step", "lr", *names], start), common.BrokenPictures(len(dataset))
-    generator, shape, sums = torch.Generator(device), (s.batch, base.channels, base.size, base.size), []
+    generator, encoder, sums = torch.Generator(device), Remembered(painter.encoder), []
+    shape = s.pictures, base.channels, base.size, base.size
     uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
     loader = common.batches(dataset, s.batch, start, s.steps, s.seed, options.workers)
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc="adapter", unit="step") as progress:
@@ -258,15 +297,15 @@ def train(s, painter, llm, dataset, folder, options):
             uvit_fusion.set_rates(optimizers, s, step)
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop).tolist()
-            t = 1 + (diffusion.T * uniform(s.batch)**base.time_power).long().clamp(max=diffusion.T - 1)
-            eps, x_0 = normal(shape), painter.to_x_0(pictures, normal(shape) if painter.autoencoder else None)
+            t = 1 + (diffusion.T * uniform(s.pictures)**base.time_power).long().clamp(max=diffusion.T - 1)
+            eps, x_0 = normal(shape), painter.to_x_0(pictures[:s.pictures], normal(shape) if painter.autoencoder else None)
             texts = [("", "") if drop else pair for drop, pair in zip(dropped, texts)]
             adapter.zero_grad()
-            size = s.batch // options.accumulate
-            for part in (slice(i, i + size) for i in range(0, s.batch, size)):
-                narratives, prompts = map(list, zip(*texts[part]))
+            for part in range(options.accumulate):
+                some, few = (slice(part * n // options.accumulate, (part + 1) * n // options.accumulate) for n in (s.batch, s.pictures))
+                narratives, prompts = map(list, zip(*texts[some]))
                 thoughts = think(llm, narratives) if s.llm_weight else None
-                terms = losses(s, adapter, painter, narratives, prompts, thoughts, x_0[part], t[part], eps[part])
+                terms = losses(s, adapter, painter, encoder(narratives), encoder(prompts), thoughts, x_0[few], t[few], eps[few])
                 loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items()) / options.accumulate
                 if loss.requires_grad:                                        # as released, the noise loss alone would train nothing
                     loss.backward()

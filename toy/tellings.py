@@ -267,10 +267,10 @@ def held_out_pair(hue, body):
     return (3 * HUES.index(hue) + BODIES.index(body)) % 8 == 0
 
 
-def narrative(scene, rng, unseen=False):
+def narrative(scene, rng, unseen=False, turn=True):
     """A prompt of at most CONCISE words and marks that needs common sense: the colour is not named, number and place are paraphrased.
 
-    unseen: False never uses a held-out pair; True uses one, for one group of the scene.
+    unseen: False never uses a held-out pair; True uses one, for one group of the scene; turn: half of them tell the second group first.
     """
     hard = rng.choice(scene.groups) if unseen else None
 
@@ -282,7 +282,7 @@ def narrative(scene, rng, unseen=False):
     if len(scene.groups) == 1:
         return articles(things(scene.groups[0]))
     while True:
-        first, second, relation = either_way(scene, rng)
+        first, second, relation = either_way(scene, rng) if turn else (*scene.groups, scene.relation)
         there, first, second = rng.choice(FACTS["relation"][relation]), things(first), things(second)
         text = articles(f"{there} {second}, {first}" if rng.random() < 0.1 else f"{first} {there} {second}")
         if len(re.findall(r"\w+|[^\w\s]", text)) <= CONCISE:
@@ -292,8 +292,8 @@ def narrative(scene, rng, unseen=False):
 def build_narratives(folder="data/shapes", plain_share=0.3, seed=0):
     """Writes train2017/metadata.jsonl and val2017/metadata.jsonl beside the pictures: the format of SUR-adapter's data set.
 
-    A line a picture: {"file_name": ..., "text": a narrative prompt, "prompt": its keyword prompt}. Of the training pictures a `plain_share` has
-    a caption in the place of both: a plain prompt means what it says. The narratives of validation have a pair of facts held out.
+    A line a picture: {"file_name": ..., "text": a narrative prompt, "prompt": its keyword prompt, in the same order}. Of the training pictures
+    a `plain_share` has a caption in the place of both: a plain prompt means what it says. The narratives of validation have a pair held out.
     """
     for split in ("val", "train"):
         path, rng = Path(folder) / f"{split}2017" / "metadata.jsonl", random.Random(seed)
@@ -304,7 +304,10 @@ def build_narratives(folder="data/shapes", plain_share=0.3, seed=0):
                     if split == "train" and rng.random() < plain_share:
                         text = prompt = shapes.sentence(scene, rng)
                     else:
-                        text, prompt = narrative(scene, rng, unseen=split == "val"), shapes.keywords(scene)
+                        if scene.relation:
+                            *groups, relation = either_way(scene, rng)
+                            scene = shapes.Scene(tuple(groups), relation)
+                        text, prompt = narrative(scene, rng, unseen=split == "val", turn=False), shapes.keywords(scene)
                     file.write(json.dumps({"file_name": image["file_name"], "text": text, "prompt": prompt}) + "\n")
 
 
