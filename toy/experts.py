@@ -293,7 +293,7 @@ def captioner(data="data/shapes", folder=CAPTIONER_FOLDER, steps=1000, batch=64,
         return folder
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil, BlipProcessor
     start = time.time()
-    print(f"training the tiny captioner, the stand-in for Salesforce/blip2-opt-2.7b, into {folder}/ (once, some two minutes on two cores)")
+    print(f"training the tiny captioner, the stand-in for Salesforce/blip2-opt-2.7b, into {folder}/ (once, a minute or two on two cores)")
     dataset = CaptionedImages(data, "train", 24)
     tokenizer = train_tokenizer(text for _, texts, _ in dataset.items for text in texts)
     size = dict(hidden_size=128, intermediate_size=512, num_attention_heads=4, initializer_range=0.02)
@@ -383,7 +383,7 @@ def segmenter(data="data/shapes", folder=SEGMENTER_FOLDER, steps=400, batch=64, 
         return folder
     from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
     start = time.time()
-    print(f"training the tiny segmenter, the stand-in for SAM with a semantic branch, into {folder}/ (once, some two minutes on two cores)")
+    print(f"training the tiny segmenter, the stand-in for SAM with a semantic branch, into {folder}/ (once, a minute or two on two cores)")
     dataset = LabelledImages(data, "train", 24)
     config = SegformerConfig(
         num_encoder_blocks=3, depths=[1, 1, 1], hidden_sizes=[32, 64, 128], patch_sizes=[3, 3, 3], strides=[1, 2, 2], sr_ratios=[4, 2, 1],
