@@ -410,7 +410,7 @@ def segmenter(data="data/shapes", folder=SEGMENTER_FOLDER, steps=400, batch=64, 
 def segmenter_accuracy(folder=SEGMENTER_FOLDER, data="data/shapes", samples=1024):
     """What the tiny segmenter makes of validation pictures, in %.
 
-    "iou": intersection over union, the mean over the labels; "objects": how many objects have their own label at most of their pixels;
+    "iou": intersection over union, the mean over the labels that occur; "objects": how many objects have their own label at most of their pixels;
     "pictures": in how many the connected parts that are no specks are, label by label, as many as the objects.
     """
     from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
@@ -421,14 +421,14 @@ def segmenter_accuracy(folder=SEGMENTER_FOLDER, data="data/shapes", samples=1024
     outputs = model(**processor(images=list(pictures), return_tensors="pt"))
     found = torch.stack(processor.post_process_semantic_segmentation(outputs, [true.shape[1:]] * samples)).numpy()
     pairs = np.bincount((true * len(dataset.names) + found).ravel(), minlength=len(dataset.names)**2).reshape(2 * [len(dataset.names)])
-    both = pairs.diagonal()
+    both, either = pairs.diagonal(), pairs.sum(0) + pairs.sum(1) - pairs.diagonal()
     objects = [np.bincount(f[part == n]).argmax() == t[part == n][0]
                for t, f, part in zip(true, found, shapes.components(true)) for n in np.unique(part[part > 0])]
 
     def parts(labels):
         return [sorted(labels_[part == n][0] for n, pixels in zip(*np.unique(part, return_counts=True)) if n and pixels >= shapes.SPECK * part.size)
                 for labels_, part in zip(labels, shapes.components(labels))]
-    return {"iou": 100 * np.mean(both / (pairs.sum(0) + pairs.sum(1) - both)), "objects": 100 * np.mean(objects),
+    return {"iou": 100 * np.mean(both[either > 0] / either[either > 0]), "objects": 100 * np.mean(objects),
             "pictures": 100 * np.mean([a == b for a, b in zip(parts(true), parts(found))])}
 
 
