@@ -77,6 +77,7 @@ class Settings:
     noise_weight: float = setting(1.0, "weight of the noise loss", low=0)
     prompt_weight: float = setting(0.2, "weight of the distance to the keyword prompt", low=0)
     llm_weight: float = setting(0.02, "weight of the distance to the LLM", low=0)
+    temperature: float = setting(4.0, "T, of both distances: at 1 they hardly see features below zero", above=0)
     # the training
     steps: int = setting(1800, "training steps", low=1)
     batch: int = setting(64, "triples a step", low=1)
@@ -179,13 +180,13 @@ class AdaptedEncoder:
 
 
 # --------------------------------------------------------------------------------------------------------------- the loss
-def divergence(teacher, student, seen):
-    """D = KL(softmax student || softmax teacher) over features (B, L, d), summed over the seen tokens (B, L), mean over the batch.
+def divergence(teacher, student, seen, temperature=1.0):
+    """D = T^2 KL(softmax student / T || softmax teacher / T) over features (B, L, d), summed over the seen tokens (B, L), mean over the batch.
 
     The release's order, in which the student is asked to put nothing where the teacher has nothing.
     """
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1) * seen).sum() / len(seen)
+    log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
+    return temperature**2 * ((log_p.exp() * (log_p - log_q)).sum(-1) * seen).sum() / len(seen)
 
 
 def behind_the_end(target, mask):
@@ -210,11 +211,11 @@ def losses(s, adapter, painter, narratives, prompts, thoughts, x_0, t, eps):
             text = (y.detach() if s.as_released else y)[:b]
             terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask[:b]), x_0, t, eps)
         if s.prompt_weight:
-            terms["prompt"] = divergence(target, y, seen)
+            terms["prompt"] = divergence(target, y, seen, s.temperature)
         if s.llm_weight and adapter.projection == "student":
-            terms["llm"] = divergence(thoughts[:, None], adapter.project(h).float(), seen)
+            terms["llm"] = divergence(thoughts[:, None], adapter.project(h), seen, s.temperature)
         elif s.llm_weight:
-            terms["llm"] = divergence(adapter.project(thoughts).float()[:, None], h, seen)
+            terms["llm"] = divergence(adapter.project(thoughts)[:, None], h, seen, s.temperature)
     return terms
 
 
