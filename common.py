@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 DATA_HELP = ("expected the layout of MS-COCO (annotations/captions_train2017.json beside train2017/; 2014 likewise), "
@@ -476,6 +477,41 @@ class CachedLLM:
         features = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(self.rows[a:b].astype(np.float32)) for a, b in spans], batch_first=True)
         mask = torch.arange(features.shape[1]) < torch.tensor([b - a for a, b in spans])[:, None]
         return features.to(self.device), mask.to(self.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ LoRA
+class LowRank(torch.nn.Module):
+    """W -> W + B A, of rank `rank` (Hu et al. 2021, arXiv 2106.09685): W (out, in) stays, A and B are trained; B begins at zero."""
+    def __init__(self, weight, rank):
+        super().__init__()
+        rows, columns = weight.shape
+        self.A = torch.nn.Parameter(torch.randn(rank, columns, device=weight.device) * columns**-0.5)
+        self.B = torch.nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+
+    def forward(self, weight):
+        return weight + self.B @ self.A
+
+
+def add_lora(model, rank, names=("qkv", "proj")):
+    """Freezes a model and puts a `LowRank` on each of its linear layers of these names (the last part of the path), in place; returns it.
+
+    Whoever reads `layer.weight` gets the sum, also where it is no layer's forward that reads it. What is to be trained requires a gradient.
+    """
+    model.requires_grad_(False)
+    linear = [module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and path.split(".")[-1] in names]
+    if not linear:
+        raise UserError(f"LoRA: {type(model).__name__} has no linear layer named {' or '.join(names)}")
+    for module in linear:
+        parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+    return model
+
+
+def merge_lora(model):
+    """Writes W + B A into the weights, in place: a model as it was before `add_lora`, by its names, that does what the tuned one did."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return model.requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------------ device and precision

@@ -10,13 +10,16 @@ The table is printed and its figures are written to results.json in the run fold
 """
 import argparse
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import os
 import platform
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -204,7 +207,6 @@ class ClipScorer:
         # Hessel et al. begin each caption so; the tiny CLIP has never read these words, and reads 20 tokens only
         self.prefix = "" if self.tiny else "A photo depicts "
 
-    @torch.no_grad()
     def images(self, pictures):
         """A batch of pictures, uint8 (B, H, W, 3) -> (B, D). CLIP looks at the centre square, the shorter side brought to its own."""
         x = torch.as_tensor(pictures).to(self.device).permute(0, 3, 1, 2).float()                      # (B, 3, H, W)
@@ -215,7 +217,6 @@ class ClipScorer:
         x = x[:, :, top:top + self.side, left:left + self.side] / 255
         return F.normalize(self.model.get_image_features(pixel_values=(x - self.mean) / self.std).pooler_output, dim=-1)
 
-    @torch.no_grad()
     def texts(self, texts):
         """A batch of texts, each cut at the length that CLIP reads: a list of B strings -> (B, D)."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length, return_tensors="pt").to(self.device)
@@ -393,6 +394,84 @@ def quality_rows(figures):
     """The figures as rows of a table."""
     cells = {name: [f"{figures[key]:.4f}" if key in figures else "" for key in (name, f"{name}_ci", f"{name}_real")] for name in LABELS}
     return [["", "drawn", "+-", "real"], *([label, *cells[name]] for name, label in LABELS.items() if name in figures)]
+
+
+# ------------------------------------------------------------------------------------------ matching of pictures and texts
+def read_groups(path):
+    """The groups of candidates in a file with a JSON object a line; the paths of its pictures are relative to it.
+
+    {"pictures": ["a.jpg"], "texts": ["a dog", "a cat"], "right": 0}: of one picture and several texts, or several pictures and one text, number
+    "right" is right. RefCOCOg: ten texts; VQA: "question answer" a text. Of two pictures and two texts without "right" each picture goes with
+    the text of its place, as in Winoground. "kind", if there is one, names the row of the table.
+    """
+    groups = []
+    for n, group in enumerate(common.read_json_lines(path, f"{path}", ()), 1):
+        try:
+            pictures, texts, right = group["pictures"], group["texts"], group.get("right")
+            sizes = len(pictures), len(texts)
+            fits = sizes == (2, 2) if right is None else 1 in sizes and 0 <= right < max(sizes) and max(sizes) > 1
+            if not (fits and type(pictures) is type(texts) is list and all(isinstance(word, str) for word in pictures + texts)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f'{path}, line {n}: expected {{"pictures": [...], "texts": [...], "right": number}}, one of the lists of length 1, '
+                            f"or two of each without right; found {json.dumps(group)[:80]}") from None
+        groups.append(group | {"pictures": [str(Path(path).parent / picture) for picture in pictures]})
+    return groups
+
+
+def read_comvg(path, pictures):
+    """ComVG: a text with a right and a wrong picture, from its CSV; the pictures are <id>.jpg (or .png) in a folder."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        files = {picture.stem: picture for picture in Path(pictures).iterdir() if picture.suffix.lower() in common.PICTURES}
+        rng, groups = random.Random(0), []
+        for row in rows:
+            order = rng.sample(("pos", "neg"), 2)
+            groups.append({"pictures": [str(files[row[f"{side}_image_id"].split(".")[0]]) for side in order], "texts": [row["sentence"]],
+                           "right": order.index("pos"), "kind": changed_part(row["pos_triplet"], row["neg_triplet"])})
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--comvg {path}, --pictures {pictures} cannot be read ({error})") from None
+    except (KeyError, AttributeError) as error:
+        raise UserError(f"--comvg {path}: {error} is neither a column of it nor a picture in {pictures}/ (columns: id, sentence, pos_triplet, "
+                        "neg_triplet, pos_image_id, neg_image_id, neg_value)") from None
+    return groups
+
+
+def changed_part(right, wrong):
+    """Which of subject, verb and object differs between two triplets, "a,b,c" each."""
+    parts = zip(("subject", "verb", "object"), *([part.strip() for part in re.split(r"[,;]", triplet)] for triplet in (right, wrong)))
+    return next((name for name, a, b in parts if a != b), "other")
+
+
+def rank(values, right):
+    """1 if number `right` of the values is above all others; a tie, or nan, is never won."""
+    return 1 + int((~(values[right] > np.delete(values, right))).sum())
+
+
+def verdicts(groups, tables):
+    """{(kind, measure): array of 0 and 1}; measures: "R@1" and, of more than five candidates, "R@5"; of two and two "text", "image" and "group"."""
+    found = {}
+    for group, table in zip(groups, tables):
+        if "right" in group:
+            place = rank(table.ravel(), group["right"])
+            said = {f"R@{k}": place <= k for k in (1, 5) if k < table.size}
+        else:                                                                 # table: (picture, text)
+            said = {"text": table[0, 0] > table[0, 1] and table[1, 1] > table[1, 0], "image": table[0, 0] > table[1, 0] and table[1, 1] > table[0, 1]}
+            said["group"] = said["text"] and said["image"]
+        for measure, right in said.items():
+            found.setdefault((group.get("kind", ""), measure), []).append(right)
+    return {name: np.array(values, float) for name, values in found.items()}
+
+
+def recalls(table, owner):
+    """Of scores (pictures, texts), text j being of picture owner[j]: "text_R@1" and so on in %, texts found for pictures, and "picture_R@1", back."""
+    owner, figures = np.asarray(owner), {}
+    texts = [1 + int((~(row[owner == i].max() > row[owner != i])).sum()) for i, row in enumerate(table)]
+    pictures = [rank(table[:, j], i) for j, i in enumerate(owner)]
+    for name, ranks in (("text", texts), ("picture", pictures)):
+        figures |= {f"{name}_R@{k}": 100 * float((np.array(ranks) <= k).mean()) for k in (1, 5, 10)}
+    return figures
 
 
 # -------------------------------------------------------------------------------------------------------------------- cost
@@ -637,7 +716,7 @@ def analyse(painter, data, folder, samples=64):
         step = torch.full((len(x_0),), t, device=device)
         eps = torch.randn(x_0.shape, generator=torch.Generator(device).manual_seed(t), device=device)
         model(painter.diffusion.q_sample(x_0, step, eps), step, text, mask, record)
-        for name, logits in zip(names, record):
+        for name, (logits, _, _) in zip(names, record):
             keys = logits.shape[-1]
             if keys == 1 + patches:
                 continue                                                       # a block without text

@@ -167,7 +167,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, bias=None, record=None):
         """x (B, Q, D) attends to itself, or to [x, context] if there is a context (B, K - Q, D).
 
-        record: a list that gets the logits q k^T / sqrt(d) + bias, (B, H, Q, K), for whoever wants to look.
+        record: a list that gets, for whoever wants to look, the logits q k^T / sqrt(d) + bias, (B, H, Q, K), with q and k, (B, H, Q or K, d).
         """
         split = functools.partial(rearrange, pattern="b n (parts h d) -> parts b h n d", h=self.heads)
         if context is None:
@@ -177,7 +177,7 @@ class Attention(nn.Module):
             (q,), (k, v) = split(F.linear(x, weight_q), parts=1), split(F.linear(torch.cat([x, context], dim=1), weight_kv), parts=2)
         if record is not None:
             logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1]**-0.5
-            record.append(logits if bias is None else logits + bias)
+            record.append((logits if bias is None else logits + bias, q, k))
         return self.proj(rearrange(attention(q, k, v, bias), "b h n d -> b n (h d)"))
 
 

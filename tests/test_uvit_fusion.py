@@ -88,7 +88,7 @@ def test_text_reaches_only_the_joint_blocks(variant):
     model(x, t, text, mask, record)
     patches, v = 16, variant["image_blocks"]
     expected = [1 + patches + (SMALL.text_length if v <= i <= 4 - v else 0) for i in range(5)]
-    assert [logits.shape[-1] for logits in record] == expected
+    assert [logits.shape[-1] for logits, _, _ in record] == expected
     seen = []
     for block in [*model.in_blocks, model.mid_block, *model.out_blocks]:
         block.register_forward_hook(lambda module, args, output: seen.append(output))
