@@ -24,7 +24,7 @@ import common
 from common import UserError
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
-METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter")
+METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")
 
 
 def load_run(path, device="auto", precision="auto"):
