@@ -50,15 +50,16 @@ def test_the_released_adapter_does_not_begin_as_the_identity():
     assert torch.allclose(adapter(x, mask)[0], 0.9 * x + 0.1 * adapter.fc.bias)
 
 
-def test_the_adapter_computes_its_equations():
-    adapter, (x, mask) = randomized(new_adapter(eta=0.3)), some_text()
+@pytest.mark.parametrize("residual", ["h", "x"])
+def test_the_adapter_computes_its_equations(residual):
+    adapter, (x, mask) = randomized(new_adapter(eta=0.3, residual=residual)), some_text()
     y, h = adapter(x, mask)
     for i, n in enumerate(mask.sum(1)):
         one = states = x[i, :n]                                                                 # without padding, no mask is needed
         for block in adapter.encoder_blocks:
             states = block(states[None])[0]
         attention = (states @ adapter.query.weight.T @ (one @ adapter.key.weight.T).T / math.sqrt(16)).softmax(-1)
-        w = attention @ one + one
+        w = attention @ one + (states if residual == "h" else one)
         a = F.relu(w @ adapter.mlp[0].weight.T + adapter.mlp[0].bias) @ adapter.mlp[2].weight.T + adapter.mlp[2].bias + w
         assert torch.allclose(y[i, :n], one + 0.3 * (a @ adapter.fc.weight.T + adapter.fc.bias), atol=1e-4)
         assert torch.allclose(h[i, :n], states, atol=1e-4)
@@ -220,8 +221,8 @@ def test_only_tokens_that_the_network_sees_are_aligned(bench):
     shown.settings = dataclasses.replace(shown.settings, mask_text=False)
     (x, mask), (target, _) = bench.base.encoder(NARRATIVES), bench.base.encoder(PROMPTS)
     s = Settings(**SMALL | ALONE["prompt"])
-    assert torch.allclose(losses(s, adapter, shown, *bench.batch)["prompt"], divergence(target, x, torch.ones_like(mask)), rtol=1e-4)
-    hidden = divergence(behind_the_end(target, bench.base.encoder(PROMPTS)[1]), x, mask)
+    assert torch.allclose(losses(s, adapter, shown, *bench.batch)["prompt"], divergence(target, x, torch.ones_like(mask), s.temperature), rtol=1e-4)
+    hidden = divergence(behind_the_end(target, bench.base.encoder(PROMPTS)[1]), x, mask, s.temperature)
     assert torch.allclose(losses(s, adapter, bench.base, *bench.batch)["prompt"], hidden, rtol=1e-4)
 
 
@@ -241,7 +242,6 @@ def test_texts_are_encoded_once_and_come_back_as_they_were(bench):
     def encoder(texts):
         calls.append(texts)
         return bench.base.encoder(texts)
-    encoder.length, encoder.dim = bench.base.encoder.length, bench.base.encoder.dim
     for most, expected in ((1e9, [["a", "b"], ["c"]]), (0, [["a", "b"], ["b", "c"]])):
         calls.clear()
         keeping = sur_adapter.Remembered(encoder, most)
