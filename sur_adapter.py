@@ -282,6 +282,10 @@ def train(s, painter, llm, dataset, folder, options):
     optimizers, start = make_optimizers(adapter, s), 0
     state = common.open_run(folder, s, options)
     if state:
+        before = common.read_settings(Settings, folder)
+        if (before.base_identity, before.llm_identity) != (s.base_identity, s.llm_identity):
+            raise UserError(f"--resume: {folder}/ was begun with another {s.base} or {s.llm} than is there now: put it back, or start anew with "
+                            "--overwrite")
         if state["precision"] != str(painter.precision):
             raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {painter.precision}: name it with "
                             "--precision")

@@ -388,7 +388,9 @@ def test_a_finished_run_is_not_overwritten_by_mistake(world):
     refused(train(world), "run/ holds a run already")
 
 
-def test_another_llm_is_refused_on_resuming(world, tmp_path):
-    shutil.copytree(world / "run", tmp_path / "run")
+def test_another_llm_in_the_same_place_is_refused_on_resuming(world, tmp_path):
+    for name in ("llm", "run", "surd", "base"):
+        shutil.copytree(world / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "llm")
     save_llm(tmp_path / "llm", "LlamaForCausalLM", seed=5)
-    refused(train(world, "--resume", "--llm", tmp_path / "llm", out=tmp_path / "run"), "llm")
+    refused(train(tmp_path, "--resume"), "run/ was begun with another", "llm")
