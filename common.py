@@ -327,8 +327,10 @@ def to_uint8(x):
 
 
 # ------------------------------------------------------------------------------------------------------------- text encoder
-def load_pretrained(kind, path, flag, name, device, **more):
-    """A frozen model of transformers, of class `kind`, and its tokenizer; path: a folder in the Hugging Face format or a name on its hub.
+def load_pretrained(kind, path, flag, name, device, reader="AutoTokenizer", **more):
+    """A frozen model of transformers, of class `kind`, and its tokenizer, or another `reader` that prepares what it takes.
+
+    path: a folder in the Hugging Face format or a name on its hub.
 
     Raises UserError, with the flag that named it and what it should be the `name` of, if it cannot be loaded or lacks some of its weights.
     """
@@ -339,7 +341,7 @@ def load_pretrained(kind, path, flag, name, device, **more):
     if str(path).startswith(("/", ".")) and not Path(path).exists():          # no name on the hub begins so
         raise UserError(f"{flag} {path} cannot be loaded as a {name}: there is no such folder")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = getattr(transformers, reader).from_pretrained(path)
         if kind == "AutoModel" and "t5" in transformers.AutoConfig.from_pretrained(path).model_type:
             kind = "AutoModelForTextEncoding"                                  # of T5 the half that reads
         model, info = getattr(transformers, kind).from_pretrained(path, attn_implementation=kernel, output_loading_info=True, **more)
@@ -814,6 +816,6 @@ class Metrics:
             csv.writer(file).writerow([f"{value:.6g}" if isinstance(value, float) else value for value in values])
 
     def column(self, name):
-        """[(step, value), ...] of one column, for `plot`."""
+        """[(value of the first column, value), ...] of one column, for `plot`."""
         with open(self.path, newline="") as file:
-            return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row[name]]
+            return [(int(next(iter(row.values()))), float(row[name])) for row in csv.DictReader(file) if row[name]]

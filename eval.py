@@ -65,12 +65,13 @@ def peak_memory_mb():
 def write_results(folder, figures):
     """Adds figures (name -> number) to <folder>/results.json, with the commit, the machine and the command they come from."""
     path = Path(folder) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     commit = ""
     with contextlib.suppress(OSError):                                  # no git
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     results = common.read_json(path) if path.exists() else {}
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"
-    figures = {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
+    figures = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in figures.items()}
     common.write_json(path, results | figures | {"commit": commit, "machine": machine(), "command": command})
 
 

@@ -10,7 +10,7 @@ mean nothing to a U-ViT that was trained on CLIP's. So put a small transformer b
 Other languages and long prompts occur in stage 1 only. That the pictures follow them is carried over by the alignment.
 
     h = LLM(prompt)                                            (B, n, llm_dim), frozen; n tokens of the LLM
-    m = encoder blocks(MLP(h) + positions)                     (B, n, width)
+    m = encoder blocks(near(MLP(h)) + positions)               (B, n, width), near(m) = m + convolution over 5 neighbours
     r = decoder blocks(queries | m)                            (B, L, width), a learned query for each token that the U-ViT expects
     y = mean + std * Linear(r)                                 (B, L, text_dim), in the place of CLIP's; mean and std are CLIP's own
     p = Linear(r)                                              (B, L): is there a token (p > 0), or is it padding, which the U-ViT does not see?
@@ -72,6 +72,7 @@ class Settings:
     # the adapter
     adapter: str = setting("transformer", '"transformer", or "mlp" for each token by itself (an ablation)', choices=("transformer", "mlp"))
     width: int = setting(128, "of the adapter", low=2)
+    window: int = setting(5, "tokens side by side that are put together before the blocks", low=1)
     encoder_blocks: int = setting(2, "that look at the LLM's tokens", low=0)
     decoder_blocks: int = setting(2, "in which the queries ask them", low=1)
     heads: int = setting(4, "attention heads", low=1)
@@ -133,6 +134,7 @@ class Adapter(nn.Module):
         self.use_mask, self.plain, self.length = s.mask, s.adapter == "mlp", length
         self.norm_in = nn.LayerNorm(llm_dim)                                  # states of LLMs are of all sizes
         self.mlp = nn.Sequential(nn.Linear(llm_dim, s.width), nn.GELU(), nn.Linear(s.width, s.width))
+        self.near = nn.Conv1d(s.width, s.width, s.window, padding="same")
         self.encoder_blocks = nn.ModuleList(Block(s.width, s.heads) for _ in range(0 if self.plain else s.encoder_blocks))
         self.decoder_blocks = nn.ModuleList(Block(s.width, s.heads) for _ in range(0 if self.plain else s.decoder_blocks))
         self.queries = nn.Parameter(torch.randn(1, length, s.width))
@@ -142,6 +144,7 @@ class Adapter(nn.Module):
         self.register_buffer("mean", torch.zeros(text_dim))
         self.register_buffer("std", torch.ones(text_dim))
         uvit_fusion.init_fan_in(self)
+        nn.init.zeros_(self.near.weight)                                      # like the blocks it begins as the identity
 
     def forward(self, h, mask):
         # n in steps of 16: a CPU's library of bf16 products prepares itself for each new shape, and texts of all lengths took twice as long
@@ -153,11 +156,13 @@ class Adapter(nn.Module):
             r = F.pad(m, (0, 0, 0, max(0, self.length - n)))[:, :self.length]
             present = F.pad(mask, (0, max(0, self.length - n)))[:, :self.length].float() * 20 - 10      # sure logits
         else:
-            m = m + time_features(torch.arange(n, device=h.device), m.shape[-1])
+            # what stands side by side belongs together, wherever in a long text it stands
+            m = m + self.near((m * mask[..., None]).transpose(1, 2)).transpose(1, 2)
+            m = m + time_features(torch.arange(n, device=h.device), m.shape[-1]).to(m.dtype)    # in fp32 it would turn all tokens to fp32
             bias = torch.zeros(mask.shape, device=h.device).masked_fill(~mask, -math.inf)[:, None, None]       # (B, 1, 1, n)
             for block in self.encoder_blocks:
                 m = block(m, bias=bias)
-            r, bias = self.queries.expand(len(h), -1, -1), F.pad(bias, (self.length, 0))
+            r, bias = self.queries.expand(len(h), -1, -1).to(m.dtype), F.pad(bias, (self.length, 0))
             for block in self.decoder_blocks:
                 r = block(r, context=m, bias=bias)                            # keys: [queries, LLM tokens]
         r = self.norm(r)                                                      # (B, L, width)

@@ -24,7 +24,7 @@ import common
 from common import UserError
 
 # ----------------------------------------------------------------------------------------------------------- checkpoints
-METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter")
+METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")
 
 
 def load_run(path, device="auto", precision="auto"):
@@ -142,9 +142,9 @@ def font(texts=(), path=None, size=11):
 
 
 def wrap(text, width, face):
-    """Breaks a text into lines of at most `width` pixels: at spaces, and between Chinese letters, but not before a stop or a comma."""
+    """Breaks a text into lines of at most `width` pixels: at spaces, behind hyphens, and between Chinese letters, but not before their stops."""
     lines = [""]
-    for space, word in re.findall(rf"(\s*)([{CJK}][，。、；：！？）》」]*|[^\s{CJK}]+)", text):
+    for space, word in re.findall(rf"(\s*)([{CJK}][，。、；：！？）》」]*|[^\s{CJK}-]*-+|[^\s{CJK}-]+)", text):
         longer = lines[-1] + (" " if space and lines[-1] else "") + word
         if face.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

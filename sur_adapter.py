@@ -7,16 +7,16 @@ own states must tell what an LLM thinks of v. When drawing no LLM is needed.
 
     x = text encoder(v)                                        (B, L, d), frozen
     h = transformer encoder(x)                                 (B, L, d)
-    w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + x             (B, L, d)
+    w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + h             (B, L, d)
     a = W_2 relu(W_1 w) + w                                    (B, L, d)
     y = x + eta fc(a)                                          (B, L, d), in the place of x; fc begins at zero, so y = x
 
     D(p, q) = KL(softmax p || softmax q), over the d features of a token, summed over the tokens, mean over the batch
-    L = | network(x_t, t, y) - target |^2  +  prompt_weight D(text encoder(k), y)  +  llm_weight D(mean of LLM(v), P h)
+    L = noise_weight | network(x_t, t, y) - target |^2  +  prompt_weight D(text encoder(k), y)  +  llm_weight D(mean of LLM(v), P h)
 
 P is a linear map to the LLM's width. Prompts and the empty prompt go through the adapter alike.
 
-    python sur_adapter.py --train                             # on the flagship in runs/uvit_fusion: 8 min on two CPU cores
+    python sur_adapter.py --train                             # on the flagship in runs/uvit_fusion: 5 min on two CPU cores, 79 % of narratives right
     python sur_adapter.py --compare                           # what each term gives, and what the defects of the release cost, in one table
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sur_adapter.py --train --preset paper --base runs/coco --data path/to/SURD --llm path/to/vicuna-13b
@@ -27,11 +27,16 @@ Differs from the paper (what its released code does in brackets; `--as-released`
  3. P maps the adapter's states to the LLM's width, is trained and saved. [A random map of the LLM's state to width d, frozen, not saved.] If the
     map of the LLM's side is trained instead, it can shrink what it teaches until there is nothing to learn: see --compare.
  4. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
- 5. toy: eta 1, weights 0.2 and 0.02, AdamW 2e-3 [eta 0.1, both weights 1e-5, AdamW 1e-5]; with the noise loss mended they had to be tuned again.
- 6. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; no dropout [0.1, also when drawing].
- 7. Captions are dropped with p = 0.1 [never], so that the empty prompt, which guides, stays what it was.
- 8. Where the network does not see padding, tokens behind the end of k are aligned to its last one.
- 9. The toy world's triples hold plain captions as well, each its own keyword prompt: plain prompts shall stay as they are.
+ 5. w adds h [x: then the encoder's states only say where one attention of one head looks, and nothing that they found out gets through; see
+    "paper_w" in --compare; --residual x].
+ 6. toy: eta 1, weights 3, 0.2 and 0.02 [0.1; 1, 1e-5 and 1e-5]; with the noise loss mended they had to be tuned again. The distances are taken
+    at temperature 4 [1].
+ 7. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; norms before the layers, which begin as the identity [behind them], GELU [ReLU]; no
+    dropout [0.1, also when drawing]; Muon 0.02 on the matrices, AdamW 2e-3 on the rest [AdamW 1e-5].
+ 8. Captions are dropped with p = 0.1 [never], so that the empty prompt, which guides, stays what it was.
+ 9. Where the network does not see padding, tokens behind the end of k are aligned to its last one.
+10. The toy world's triples hold plain captions as well, each its own keyword prompt: plain prompts shall stay as they are.
+11. toy: the noise loss is taken of a part of each batch [of all].
 """
 import argparse
 import copy
@@ -53,6 +58,7 @@ from tqdm import tqdm
 import common
 import uvit_fusion
 from common import UserError, setting
+from uvit_fusion import Attention, softmax_attention
 
 
 @dataclass
@@ -66,19 +72,24 @@ class Settings:
     layers: int = setting(2, "of the transformer encoder", low=0)
     heads: int = setting(4, "attention heads", low=1)
     feed_forward: int = setting(96, "width of the encoder's feed-forward layers", low=1)
+    residual: str = setting("h", 'what is added to the attention in w: "h", or "x" as in the paper', choices=("h", "x"))
     eta: float = setting(1.0, "share of the adapter in its output", above=0)
     projection: str = setting("student", '"student": a trained map of the adapter\'s states to the LLM\'s width; "teacher": a trained map of the '
                               'LLM\'s to the adapter\'s; "frozen": the same, not trained', choices=("student", "teacher", "frozen"))
     as_released: bool = setting(False, "repeat the defects of the released code: no gradient from the noise loss, attention over the batch, "
                                 "a frozen projection, no identity at the start")
     # the loss
-    noise_weight: float = setting(1.0, "weight of the noise loss", low=0)
+    noise_weight: float = setting(3.0, "weight of the noise loss", low=0)
     prompt_weight: float = setting(0.2, "weight of the distance to the keyword prompt", low=0)
     llm_weight: float = setting(0.02, "weight of the distance to the LLM", low=0)
+    temperature: float = setting(4.0, "T, of both distances: at 1 they hardly see features below zero", above=0)
     # the training
-    steps: int = setting(1800, "training steps", low=1)
+    steps: int = setting(2800, "training steps", low=1)
     batch: int = setting(64, "triples a step", low=1)
+    pictures: int = setting(16, "of them whose noise loss is computed, which takes far longer than the other terms", low=1)
+    optimizer: str = setting("muon", '"adamw", or "muon" for the adapter\'s matrices and AdamW for the rest', choices=("adamw", "muon"))
     lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
+    muon_lr: float = setting(2e-2, "and of Muon", above=0)
     warmup: int = setting(50, "steps of linear warm-up", low=0)
     decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
     weight_decay: float = setting(0.01, "of AdamW", low=0)
@@ -97,17 +108,34 @@ class Settings:
     def __post_init__(self):
         """Raises UserError for settings that are out of range or do not fit together."""
         common.check_limits(self)
+        if self.pictures > self.batch:
+            raise UserError(f"--pictures {self.pictures}: choose --batch, {self.batch}, or less")
 
 
 PRESETS = {
     "toy": {},
     # the values of the release; the network was Stable Diffusion 1.5, the LLM a LLaMA of 13 billion parameters
-    "paper": dict(base="runs/coco", llm="lmsys/vicuna-13b-v1.5", heads=8, feed_forward=2048, eta=0.1, prompt_weight=1e-5, llm_weight=1e-5,
-                  steps=5000, batch=4, lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0, drop=0.0, data="SURD"),
+    "paper": dict(base="runs/coco", llm="lmsys/vicuna-13b-v1.5", heads=8, feed_forward=2048, residual="x", eta=0.1, noise_weight=1.0,
+                  prompt_weight=1e-5, llm_weight=1e-5, temperature=1.0, steps=5000, batch=4, pictures=4, optimizer="adamw", lr=1e-5, warmup=0,
+                  decay=0.0, betas=(0.9, 0.999), ema=0.0, drop=0.0, data="SURD"),
 }
 
 
 # ------------------------------------------------------------------------------------------------------------ the adapter
+class EncoderBlock(nn.Module):
+    """A pre-norm layer of the transformer encoder, h (B, L, d) -> (B, L, d), with a narrow feed-forward part; it begins as the identity."""
+    def __init__(self, dim, heads, feed_forward):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim))
+        nn.init.zeros_(self.attn.proj.weight)
+        nn.init.zeros_(self.mlp[2].weight)
+
+    def forward(self, h, bias=None):
+        h = h + self.attn(self.norm1(h), bias=bias)
+        return h + self.mlp(self.norm2(h))
+
+
 class Adapter(nn.Module):
     """Text features x (B, L, d), mask (B, L) -> y (B, L, d), which takes their place, and the encoder's states h (B, L, d).
 
@@ -118,9 +146,8 @@ class Adapter(nn.Module):
         if dim % s.heads:
             raise UserError(f"--heads {s.heads} cannot share text features of {dim}: choose a divisor of it")
         self.eta, self.released, self.projection = s.eta, s.as_released, "frozen" if s.as_released else s.projection
-        # without batch_first, (B, L, d) is taken for B tokens of L prompts: that was the release's attention over the batch
-        layer = nn.TransformerEncoderLayer(dim, s.heads, s.feed_forward, dropout=0.0, batch_first=not s.as_released)
-        self.encoder = nn.TransformerEncoder(layer, s.layers, enable_nested_tensor=False)
+        self.carries_states = s.residual == "h" and not s.as_released
+        self.encoder_blocks = nn.ModuleList(EncoderBlock(dim, s.heads, s.feed_forward) for _ in range(s.layers))
         self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.fc = nn.Linear(dim, dim)
@@ -130,13 +157,18 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.fc.bias)
 
     def forward(self, x, mask):
-        unseen = None if self.released else ~mask
-        h = self.encoder(x, src_key_padding_mask=unseen)                                   # (B, L, d)
-        # w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + x
-        logits = self.query(h) @ self.key(x).transpose(1, 2) * x.shape[-1]**-0.5           # (B, L, L)
-        if unseen is not None:
-            logits = logits.masked_fill(unseen[:, None], -math.inf)
-        w = logits.float().softmax(-1) @ x + x                                             # (B, L, d)
+        bias = torch.zeros(mask.shape, device=x.device)                                    # (B, L), added to the logits of the keys
+        if self.released:
+            h = x.transpose(0, 1)                                                          # taken for B tokens of L prompts: that was the
+            for block in self.encoder_blocks:                                              # release's attention over the batch
+                h = block(h)
+            h = h.transpose(0, 1)
+        else:
+            h, bias = x, bias.masked_fill(~mask, -math.inf)
+            for block in self.encoder_blocks:
+                h = block(h, bias[:, None, None])                                          # (B, L, d)
+        # w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + h
+        w = softmax_attention(self.query(h), self.key(x), x, bias[:, None]) + (h if self.carries_states else x)      # (B, L, d)
         a = self.mlp(w) + w                                                                # a = W_2 relu(W_1 w) + w
         o = self.fc(a).float()
         return ((1 - self.eta) * x if self.released else x) + self.eta * o, h.float()      # y = x + eta fc(a)
@@ -155,13 +187,13 @@ class AdaptedEncoder:
 
 
 # --------------------------------------------------------------------------------------------------------------- the loss
-def divergence(teacher, student, seen):
-    """D = KL(softmax student || softmax teacher) over features (B, L, d), summed over the seen tokens (B, L), mean over the batch.
+def divergence(teacher, student, seen, temperature=1.0):
+    """D = T^2 KL(softmax student / T || softmax teacher / T) over features (B, L, d), summed over the seen tokens (B, L), mean over the batch.
 
     The release's order, in which the student is asked to put nothing where the teacher has nothing.
     """
-    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1) * seen).sum() / len(seen)
+    log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
+    return temperature**2 * ((log_p.exp() * (log_p - log_q)).sum(-1) * seen).sum() / len(seen)
 
 
 def behind_the_end(target, mask):
@@ -173,24 +205,24 @@ def behind_the_end(target, mask):
 def losses(s, adapter, painter, narratives, prompts, thoughts, x_0, t, eps):
     """The three terms of the loss, unweighted: {"noise", "prompt", "llm"}; those of weight 0 are left out.
 
-    narratives, prompts: lists of B texts; thoughts (B, llm_dim): the LLM's of the narratives; x_0, eps (B, C, S, S), t (B,): as in
-    `uvit_fusion.Diffusion.loss`; painter: of the base, whose network and text encoder are frozen.
+    narratives, prompts: (features (B, L, d), mask (B, L)) of the text encoder; thoughts (B, llm_dim): the LLM's of the narratives; x_0, eps
+    (b, C, S, S), t (b,): as in `uvit_fusion.Diffusion.loss`, of the first b <= B; painter: of the base, which is frozen.
     """
-    (x, mask), (target, target_mask) = painter.encoder(narratives), painter.encoder(prompts)
-    seen, terms = torch.ones_like(mask), {}
+    (x, mask), (target, target_mask) = narratives, prompts
+    seen, terms, b = torch.ones_like(mask), {}, len(t)
     if painter.settings.mask_text:                                            # a network that sees padding is taught what to see there
         seen, target = mask, behind_the_end(target, target_mask)
     with common.autocast(painter.device, painter.precision):
         y, h = adapter(x, mask)
         if s.noise_weight:
-            text = y.detach() if s.as_released else y
-            terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask), x_0, t, eps)
+            text = (y.detach() if s.as_released else y)[:b]
+            terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask[:b]), x_0, t, eps)
         if s.prompt_weight:
-            terms["prompt"] = divergence(target, y, seen)
+            terms["prompt"] = divergence(target, y, seen, s.temperature)
         if s.llm_weight and adapter.projection == "student":
-            terms["llm"] = divergence(thoughts[:, None], adapter.project(h).float(), seen)
+            terms["llm"] = divergence(thoughts[:, None], adapter.project(h), seen, s.temperature)
         elif s.llm_weight:
-            terms["llm"] = divergence(adapter.project(thoughts).float()[:, None], h, seen)
+            terms["llm"] = divergence(adapter.project(thoughts)[:, None], h, seen, s.temperature)
     return terms
 
 
@@ -199,6 +231,20 @@ def think(llm, texts):
     """The mean over its tokens of the LLM's states of each text: a list of B -> (B, llm_dim)."""
     features, mask = llm(texts)
     return (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+class Remembered:
+    """A frozen function of texts, a list of B -> tensors (B, ...), that keeps its values, up to 1 GB: a data set's texts come many times."""
+    def __init__(self, function, most=1e9):
+        self.function, self.kept, self.left = function, {}, most
+
+    def __call__(self, texts):
+        new = [text for text in dict.fromkeys(texts) if text not in self.kept]
+        fresh = dict(zip(new, zip(*self.function(new)))) if new else {}
+        self.left -= sum(tensor.nbytes for values in fresh.values() for tensor in values)
+        if self.left >= 0:
+            self.kept |= fresh
+        return [torch.stack(tensors) for tensors in zip(*(fresh.get(text) or self.kept[text] for text in texts))]
 
 
 def triples(painter, data, split):
@@ -211,6 +257,14 @@ def triples(painter, data, split):
     return dataset
 
 
+def make_optimizers(adapter, s):
+    """AdamW, as published; or Muon on the matrices and AdamW on the rest, for `uvit_fusion.set_rates`."""
+    matrices = [p for name, p in adapter.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and not name.startswith("project")]
+    rest = [p for p in adapter.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
+    return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
+
+
 def train(s, painter, llm, dataset, folder, options):
     """Trains an adapter for a frozen base and fills the run folder; returns a painter that draws with its averaged weights.
 
@@ -218,49 +272,58 @@ def train(s, painter, llm, dataset, folder, options):
     """
     import sample  # here, since it imports method files
     folder, base, device, diffusion = Path(folder), painter.settings, painter.device, painter.diffusion
-    if s.batch % options.accumulate:
-        raise UserError(f"--batch {s.batch} cannot be worked through in {options.accumulate} equal parts: choose a multiple of --accumulate")
+    if s.batch % options.accumulate or s.pictures % options.accumulate:
+        raise UserError(f"--batch {s.batch} and --pictures {s.pictures} cannot be worked through in {options.accumulate} equal parts: "
+                        "choose multiples of --accumulate")
     torch.manual_seed(s.seed)
     adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
     average = copy.deepcopy(adapter).requires_grad_(False)
     adapter.project.requires_grad_(adapter.projection != "frozen")
-    optimizer, start = torch.optim.AdamW(adapter.parameters(), s.lr, s.betas, weight_decay=s.weight_decay, fused=True), 0
+    optimizers, start = make_optimizers(adapter, s), 0
     state = common.open_run(folder, s, options)
     if state:
+        before = common.read_settings(Settings, folder)
+        if (before.base_identity, before.llm_identity) != (s.base_identity, s.llm_identity):
+            raise UserError(f"--resume: {folder}/ was begun with another {s.base} or {s.llm} than is there now: put it back, or start anew with "
+                            "--overwrite")
         if state["precision"] != str(painter.precision):
             raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {painter.precision}: name it with "
                             "--precision")
         for module, name in ((adapter, "adapter"), (average, "average")):
             common.load_into(module, state[name], folder / "state.pt")
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
         start = state["step"]
     names = [name for name in ("noise", "prompt", "llm") if getattr(s, f"{name}_weight")]
     metrics, broken = common.Metrics(folder, ["step", "lr", *names], start), common.BrokenPictures(len(dataset))
-    generator, shape, sums = torch.Generator(device), (s.batch, base.channels, base.size, base.size), []
+    generator, sums = torch.Generator(device), []
+    encoder, thinker = Remembered(painter.encoder), Remembered(lambda texts: (think(llm, texts),))
+    shape = s.pictures, base.channels, base.size, base.size
     uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
     loader = common.batches(dataset, s.batch, start, s.steps, s.seed, options.workers)
     with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc="adapter", unit="step") as progress:
         for step, (pictures, texts, unread) in enumerate(loader, start + 1):
             broken.add(unread, pictures)
-            optimizer.param_groups[0]["lr"] = s.lr * uvit_fusion.learning_rate(s, step)
+            uvit_fusion.set_rates(optimizers, s, step)
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop).tolist()
-            t = 1 + (diffusion.T * uniform(s.batch)**base.time_power).long().clamp(max=diffusion.T - 1)
-            eps, x_0 = normal(shape), painter.to_x_0(pictures, normal(shape) if painter.autoencoder else None)
+            t = 1 + (diffusion.T * uniform(s.pictures)**base.time_power).long().clamp(max=diffusion.T - 1)
+            eps, x_0 = normal(shape), painter.to_x_0(pictures[:s.pictures], normal(shape) if painter.autoencoder else None)
             texts = [("", "") if drop else pair for drop, pair in zip(dropped, texts)]
             adapter.zero_grad()
-            size = s.batch // options.accumulate
-            for part in (slice(i, i + size) for i in range(0, s.batch, size)):
-                narratives, prompts = map(list, zip(*texts[part]))
-                thoughts = think(llm, narratives) if s.llm_weight else None
-                terms = losses(s, adapter, painter, narratives, prompts, thoughts, x_0[part], t[part], eps[part])
+            for part in range(options.accumulate):
+                some, few = (slice(part * n // options.accumulate, (part + 1) * n // options.accumulate) for n in (s.batch, s.pictures))
+                narratives, prompts = map(list, zip(*texts[some]))
+                thoughts = thinker(narratives)[0] if s.llm_weight else None
+                terms = losses(s, adapter, painter, encoder(narratives), encoder(prompts), thoughts, x_0[few], t[few], eps[few])
                 loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items()) / options.accumulate
                 if loss.requires_grad:                                        # as released, the noise loss alone would train nothing
                     loss.backward()
                 sums.append(torch.stack([terms[name].detach() for name in names]))
             if s.clip_grad:
                 torch.nn.utils.clip_grad_norm_(adapter.parameters(), s.clip_grad)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(adapter.parameters()), 1 - min(s.ema, step / (step + 10)))
             progress.update()
@@ -276,7 +339,7 @@ def train(s, painter, llm, dataset, folder, options):
                 common.save_tensors(average.state_dict(), folder / "model.safetensors")
                 with common.whole(folder / "state.pt") as unfinished:
                     torch.save({"adapter": adapter.state_dict(), "average": average.state_dict(), "step": step, "precision": str(painter.precision),
-                                "optimizer": optimizer.state_dict()}, unfinished)
+                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished)
                 sample.plot({name: metrics.column(name) for name in names}, folder / "loss.png", "step", "terms of the loss", log=True)
             if interrupt.asked and step < s.steps:
                 print(f"stopped after step {step}; to go on: the same command with --resume")
@@ -361,7 +424,7 @@ def grade_adapter(base, painter, data, samples, steps):
     grade.print_table(rows, f"{painter.folder}: {len(scenes)} held-out scenes, {steps} steps, guidance {base.settings.guidance:g}")
     print(f"narratives reach {figures['narrative_share']:.0f} % of the base's figure on plain captions, of which {figures['plain_loss']:.1f} +- "
           f"{figures['plain_loss_ci']:.1f} points are lost, pair by pair;\ntiny-CLIP distance of plain pictures to real ones "
-          f"{figures['distance_base']:.4f}, with the adapter {figures['distance']:.4f}; it has {figures['adapter_share']:.1f} % of the base's parameters")
+          f"{figures['distance_base']:.4f}, with the adapter {figures['distance']:.4f}; it is {figures['adapter_share']:.1f} % of the base's size")
     return figures
 
 
@@ -381,6 +444,7 @@ def draw_riddles(base, painter, data):
 ABLATIONS = {                                                                # name: what is changed
     "as_intended": {},
     "as_released": {"as_released": True},
+    "paper_w": {"residual": "x"},
     "no_llm": {"llm_weight": 0.0},
     "no_prompt": {"prompt_weight": 0.0},
     "no_noise": {"noise_weight": 0.0},

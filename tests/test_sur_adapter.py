@@ -25,8 +25,8 @@ from common import CaptionedImages, LLMEncoder, UserError
 from sur_adapter import Adapter, Settings, behind_the_end, divergence, losses, think, triples
 from toy import shapes, tellings
 
-SMALL = dict(heads=2, feed_forward=24, steps=4, batch=4, warmup=0, drop=0.3)
-FLAGS = ["--heads", 2, "--feed-forward", 24, "--batch", 4, "--device", "cpu", "--precision", "fp32"]
+SMALL = dict(heads=2, feed_forward=24, steps=4, batch=4, pictures=4, warmup=0, drop=0.3)
+FLAGS = ["--heads", 2, "--feed-forward", 24, "--batch", 4, "--pictures", 4, "--device", "cpu", "--precision", "fp32"]
 
 
 def new_adapter(dim=16, llm_dim=10, **change):
@@ -50,13 +50,16 @@ def test_the_released_adapter_does_not_begin_as_the_identity():
     assert torch.allclose(adapter(x, mask)[0], 0.9 * x + 0.1 * adapter.fc.bias)
 
 
-def test_the_adapter_computes_its_equations():
-    adapter, (x, mask) = randomized(new_adapter(eta=0.3)), some_text()
+@pytest.mark.parametrize("residual", ["h", "x"])
+def test_the_adapter_computes_its_equations(residual):
+    adapter, (x, mask) = randomized(new_adapter(eta=0.3, residual=residual)), some_text()
     y, h = adapter(x, mask)
     for i, n in enumerate(mask.sum(1)):
-        one, states = x[i, :n], adapter.encoder(x[i:i + 1, :n])[0]                              # without padding, no mask is needed
+        one = states = x[i, :n]                                                                 # without padding, no mask is needed
+        for block in adapter.encoder_blocks:
+            states = block(states[None])[0]
         attention = (states @ adapter.query.weight.T @ (one @ adapter.key.weight.T).T / math.sqrt(16)).softmax(-1)
-        w = attention @ one + one
+        w = attention @ one + (states if residual == "h" else one)
         a = F.relu(w @ adapter.mlp[0].weight.T + adapter.mlp[0].bias) @ adapter.mlp[2].weight.T + adapter.mlp[2].bias + w
         assert torch.allclose(y[i, :n], one + 0.3 * (a @ adapter.fc.weight.T + adapter.fc.bias), atol=1e-4)
         assert torch.allclose(h[i, :n], states, atol=1e-4)
@@ -147,14 +150,15 @@ def bench(world):
     base, llm = sample.load_run(world / "base", "cpu", "fp32"), LLMEncoder(str(world / "llm"))
     s = base.settings
     x_0, eps = torch.randn(2, 4, s.channels, s.size, s.size, generator=torch.Generator().manual_seed(0))
-    return SimpleNamespace(base=base, llm=llm, batch=(NARRATIVES, PROMPTS, think(llm, NARRATIVES), x_0, torch.tensor([1, 300, 700, 1000]), eps))
+    t, texts = torch.tensor([1, 300, 700, 1000]), (base.encoder(NARRATIVES), base.encoder(PROMPTS), think(llm, NARRATIVES))
+    return SimpleNamespace(base=base, llm=llm, batch=(*texts, x_0, t, eps))
 
 
 def gradients(bench, **change):
     """{parameter: gradient} of a new adapter under the sum of the weighted terms."""
     s = Settings(**SMALL | change)
     adapter = new_adapter(bench.base.encoder.dim, bench.llm.dim, **change)
-    torch.nn.init.normal_(adapter.fc.weight, std=0.1)                          # at its zero nothing comes through to the layers before
+    adapter = randomized(adapter).requires_grad_(True)                         # what begins at zero lets nothing through to what is before
     terms = losses(s, adapter, bench.base, *bench.batch)
     loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items())
     if loss.requires_grad:
@@ -184,7 +188,7 @@ def test_no_term_reaches_the_base(bench, term):
 
 def test_the_llm_term_reaches_the_encoder_and_not_the_output(bench):
     moved = gradients(bench, **ALONE["llm"])
-    assert moved["project.weight"] > 0 and moved["encoder.layers.0.linear1.weight"] > 0 and moved["fc.weight"] == 0
+    assert moved["project.weight"] > 0 and moved["encoder_blocks.0.mlp.0.weight"] > 0 and moved["fc.weight"] == 0
 
 
 def test_a_term_of_weight_zero_is_not_computed(bench):
@@ -192,14 +196,16 @@ def test_a_term_of_weight_zero_is_not_computed(bench):
         assert list(losses(Settings(**SMALL | change), new_adapter(bench.base.encoder.dim, bench.llm.dim), bench.base, *bench.batch)) == [name]
 
 
-def test_a_teacher_that_is_trained_can_shrink_what_it_teaches(bench):
-    """P on the LLM's side: with P = 0 and states all alike the term is zero, whatever the LLM thinks. On the adapter's side it is not."""
-    for projection, shrinks in (("teacher", True), ("student", False)):
-        s = Settings(**SMALL, projection=projection)
+def test_a_map_of_the_teacher_can_make_it_say_nothing(bench):
+    """With P = 0 on the LLM's side the term is the same whatever the LLM thinks: training P can shrink it so. On the adapter's side it cannot."""
+    *first, thoughts, x_0, t, eps = bench.batch
+    for projection, nothing in (("teacher", True), ("student", False)):
         adapter = new_adapter(bench.base.encoder.dim, bench.llm.dim, projection=projection)
-        for p in [*adapter.project.parameters(), *adapter.encoder.layers[-1].norm2.parameters()]:
+        for p in adapter.project.parameters():
             torch.nn.init.zeros_(p)
-        assert (losses(s, adapter, bench.base, *bench.batch)["llm"] < 1e-6) == shrinks
+        values = [losses(Settings(**SMALL | ALONE["llm"], projection=projection), adapter, bench.base, *first, some, x_0, t, eps)["llm"]
+                  for some in (thoughts, 5 * thoughts.flip(0))]
+        assert torch.allclose(*values) == nothing
 
 
 def test_the_prompt_term_vanishes_where_the_narrative_is_the_prompt(bench):
@@ -215,8 +221,8 @@ def test_only_tokens_that_the_network_sees_are_aligned(bench):
     shown.settings = dataclasses.replace(shown.settings, mask_text=False)
     (x, mask), (target, _) = bench.base.encoder(NARRATIVES), bench.base.encoder(PROMPTS)
     s = Settings(**SMALL | ALONE["prompt"])
-    assert torch.allclose(losses(s, adapter, shown, *bench.batch)["prompt"], divergence(target, x, torch.ones_like(mask)), rtol=1e-4)
-    hidden = divergence(behind_the_end(target, bench.base.encoder(PROMPTS)[1]), x, mask)
+    assert torch.allclose(losses(s, adapter, shown, *bench.batch)["prompt"], divergence(target, x, torch.ones_like(mask), s.temperature), rtol=1e-4)
+    hidden = divergence(behind_the_end(target, bench.base.encoder(PROMPTS)[1]), x, mask, s.temperature)
     assert torch.allclose(losses(s, adapter, bench.base, *bench.batch)["prompt"], hidden, rtol=1e-4)
 
 
@@ -226,6 +232,25 @@ def test_the_llm_thinks_the_mean_of_its_tokens(bench):
 
 
 # ------------------------------------------------------------------------------------------------------------------- data
+def turned(scene):
+    return shapes.Scene(scene.groups[::-1], shapes.OPPOSITE[scene.relation]) if scene.relation else scene
+
+
+def test_texts_are_encoded_once_and_come_back_as_they_were(bench):
+    calls = []
+
+    def encoder(texts):
+        calls.append(texts)
+        return bench.base.encoder(texts)
+    for most, expected in ((1e9, [["a", "b"], ["c"]]), (0, [["a", "b"], ["b", "c"]])):
+        calls.clear()
+        keeping = sur_adapter.Remembered(encoder, most)
+        keeping(["a", "b", "a"])
+        for got, want in zip(keeping(["b", "c"]), bench.base.encoder(["b", "c"])):
+            assert torch.allclose(got.float(), want.float(), atol=1e-5)
+        assert calls == expected
+
+
 def test_the_toy_triples_are_in_the_published_format_and_hold_pairs_of_facts_out(tmp_path):
     shapes.build(tmp_path / "shapes", 16, train=300, val=60)
     tellings.build_narratives(tmp_path / "shapes")
@@ -237,7 +262,7 @@ def test_the_toy_triples_are_in_the_published_format_and_hold_pairs_of_facts_out
         assert all((folder / line["file_name"]).exists() for line in lines) and len(lines) == len(scenes)
         narrated = [(line, scene) for line, scene in zip(lines, scenes) if line["text"] != line["prompt"]]
         assert (split == "val") == (len(narrated) == len(lines)) and len(narrated) > 0.6 * len(lines)
-        assert all(line["prompt"] == shapes.keywords(scene) for line, scene in narrated)
+        assert all(line["prompt"] in (shapes.keywords(scene), shapes.keywords(turned(scene))) for line, scene in narrated)
         assert all(not re.search(rf"\b{colour}\b", line["text"]) for line, _ in narrated for colour in shapes.COLOURS)
     assert words.search(narrated[0][0]["text"])
     again = (folder / "metadata.jsonl").stat().st_mtime_ns
@@ -303,7 +328,8 @@ def test_parts_of_a_batch_add_up_to_it(world, tmp_path):
     assert status == 0, errors
     a, b = (load_file(folder / "model.safetensors") for folder in (world / "run", tmp_path / "parts"))
     assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
-    refused(train(world, "--accumulate", 3, out=tmp_path / "new"), "--batch 4", "multiple of --accumulate")
+    refused(train(world, "--accumulate", 3, out=tmp_path / "new"), "--batch 4", "multiples of --accumulate")
+    refused(train(world, "--pictures", 5, out=tmp_path / "new"), "--pictures 5")
 
 
 @pytest.mark.parametrize("flags", [["--as-released"], ["--projection", "teacher"], ["--projection", "frozen"],
@@ -362,7 +388,9 @@ def test_a_finished_run_is_not_overwritten_by_mistake(world):
     refused(train(world), "run/ holds a run already")
 
 
-def test_another_llm_is_refused_on_resuming(world, tmp_path):
-    shutil.copytree(world / "run", tmp_path / "run")
+def test_another_llm_in_the_same_place_is_refused_on_resuming(world, tmp_path):
+    for name in ("llm", "run", "surd", "base"):
+        shutil.copytree(world / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "llm")
     save_llm(tmp_path / "llm", "LlamaForCausalLM", seed=5)
-    refused(train(world, "--resume", "--llm", tmp_path / "llm", out=tmp_path / "run"), "llm")
+    refused(train(tmp_path, "--resume"), "run/ was begun with another", "llm")

@@ -385,14 +385,14 @@ def test_a_label_scores_three_for_both_two_for_either_one_for_none():
     scene = parse("3 green circle above 1 blue square")
     scores = {"green circle": 3, "blue square": 3, "green square": 2, "blue circle": 2, "red circle": 2, "blue triangle": 2, "red triangle": 1}
     assert {label: tellings.tag_score(scene, label) for label in scores} == scores
-    assert tellings.tag_line("two red circles", "red circle") == "scene: two red circles. object: red circle. score:"
+    assert tellings.tag_line("two red circles", "red circle") == "scene: two red circles. red circle:"
 
 
 def test_tag_examples_are_right_and_their_scores_balanced():
     rng, scores = random.Random(6), Counter()
     for scene in SCENES:
         text = tellings.tag_example(scene, rng)
-        caption, label, score = re.fullmatch(r"scene: (.*)\. object: (\w+ \w+)\. score: ([123])", text).groups()
+        caption, label, score = re.fullmatch(r"scene: (.*)\. (\w+ \w+): ([123])", text).groups()
         assert int(score) == tellings.tag_score(scene, label)
         assert caption == shapes.keywords(scene) or same(read(caption, "english")) == same(scene)
         scores[score] += 1

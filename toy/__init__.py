@@ -2,12 +2,12 @@
 from pathlib import Path
 
 
-def prepare(data, clip, size=24, llm=""):
+def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
     """Builds what the toy world lacks for these settings; returns the folder of the data.
 
     data: "shapes", or the folder of other data, which is returned as it is; clip: the text encoder; size: pixels of the scenes; llm: the
     language model, if there is one: then the toy world's pairs of sentences, narratives, pictures of differing quality and their scorer are
-    built too.
+    built too; captioner, segmenter: what reads pictures, if anything does.
     """
     from toy import experts, shapes, tellings
     known = data == "shapes"
@@ -17,8 +17,10 @@ def prepare(data, clip, size=24, llm=""):
             print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for {data} name a real one: "
                   "--clip openai/clip-vit-large-patch14")
         experts.clip(shapes.build())
-    if Path(llm) == experts.LLM_FOLDER:
-        experts.llm(shapes.build())
+    for path, own, build in ((llm, experts.LLM_FOLDER, experts.llm), (captioner, experts.CAPTIONER_FOLDER, experts.captioner),
+                             (segmenter, experts.SEGMENTER_FOLDER, experts.segmenter)):
+        if Path(path) == own:
+            build(shapes.build())
     if known and llm:
         tellings.build_parallel(folder)
         tellings.build_narratives(folder)

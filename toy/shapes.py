@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -138,6 +139,22 @@ def keywords(scene):
 def captions(scene, rng):
     """Five captions, as in COCO: four sentences and one keyword prompt."""
     return [sentence(scene, rng) for _ in range(4)] + [keywords(scene)]
+
+
+def scene_of(caption):
+    """The scene that a caption tells, in any wording of `sentence` or `keywords`; None for any other text."""
+    number = {word: n for n, words in NUMBERS.items() for word in (*words, str(n))}
+    noun, colour, there = ({word: name for name, words in table.items() for word in words}
+                           for table in (NOUNS, {c: ADJECTIVES.get(c, (c,)) for c in COLOURS}, PREPOSITIONS))
+    text = re.sub(rf"({'|'.join(COLOURS)}), ({'|'.join(SHAPES)})(?:, x(\d))?", lambda m: f"{m[3] or 1} {m[1]} {m[2]}", caption).replace(",", "")
+    number_, noun_, colour_, there_ = (f"({'|'.join(words)})" for words in (number, noun, colour, there))
+    group = f"{number_} {colour_} {noun_}s?"
+    match = re.fullmatch(f"(?:a picture of |an image of )?{group}(?: {there_} {group})?|{there_} {group} (?:is|are) {group}", text)
+    if not match:
+        return None
+    parts = match.groups()                                              # in "above a square is a circle" the first group comes last
+    groups = tuple(Group(number[n], colour[c], noun[s]) for n, c, s in (parts[0:3], parts[4:7], parts[11:14], parts[8:11]) if n)
+    return Scene(groups, there.get(parts[3] or parts[7]))
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures

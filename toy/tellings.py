@@ -9,7 +9,7 @@ colour of grass") needs a language model that has read more. Here is what it rea
     tell(scene, "chinese", rng)      # '三个绿色的圆形在一个蓝色的正方形上方'
     paragraph(scene, rng)            # 'The style is plain, ... At the top there are three green circles. Below them there is ...'
     narrative(scene, rng)            # 'a trio of balls the colour of grass floating over a brick the colour of the sky'
-    tag_example(scene, rng)          # 'scene: three green circles above a blue square. object: green square. score: 2'
+    tag_example(scene, rng)          # 'scene: three green circles above a blue square. green square: 2'
 
 The tables are keyed by the words of `toy.shapes` ("circle", "red", 1, "above"); '[a|b]' in them stands for a or b, '/' parts the forms of a word.
 """
@@ -267,10 +267,10 @@ def held_out_pair(hue, body):
     return (3 * HUES.index(hue) + BODIES.index(body)) % 8 == 0
 
 
-def narrative(scene, rng, unseen=False):
+def narrative(scene, rng, unseen=False, turn=True):
     """A prompt of at most CONCISE words and marks that needs common sense: the colour is not named, number and place are paraphrased.
 
-    unseen: False never uses a held-out pair; True uses one, for one group of the scene.
+    unseen: False never uses a held-out pair; True uses one, for one group of the scene; turn: half of them tell the second group first.
     """
     hard = rng.choice(scene.groups) if unseen else None
 
@@ -282,7 +282,7 @@ def narrative(scene, rng, unseen=False):
     if len(scene.groups) == 1:
         return articles(things(scene.groups[0]))
     while True:
-        first, second, relation = either_way(scene, rng)
+        first, second, relation = either_way(scene, rng) if turn else (*scene.groups, scene.relation)
         there, first, second = rng.choice(FACTS["relation"][relation]), things(first), things(second)
         text = articles(f"{there} {second}, {first}" if rng.random() < 0.1 else f"{first} {there} {second}")
         if len(re.findall(r"\w+|[^\w\s]", text)) <= CONCISE:
@@ -292,8 +292,8 @@ def narrative(scene, rng, unseen=False):
 def build_narratives(folder="data/shapes", plain_share=0.3, seed=0):
     """Writes train2017/metadata.jsonl and val2017/metadata.jsonl beside the pictures: the format of SUR-adapter's data set.
 
-    A line a picture: {"file_name": ..., "text": a narrative prompt, "prompt": its keyword prompt}. Of the training pictures a `plain_share` has
-    a caption in the place of both: a plain prompt means what it says. The narratives of validation have a pair of facts held out.
+    A line a picture: {"file_name": ..., "text": a narrative prompt, "prompt": its keyword prompt, in the same order}. Of the training pictures
+    a `plain_share` has a caption in the place of both: a plain prompt means what it says. The narratives of validation have a pair held out.
     """
     for split in ("val", "train"):
         path, rng = Path(folder) / f"{split}2017" / "metadata.jsonl", random.Random(seed)
@@ -304,7 +304,10 @@ def build_narratives(folder="data/shapes", plain_share=0.3, seed=0):
                     if split == "train" and rng.random() < plain_share:
                         text = prompt = shapes.sentence(scene, rng)
                     else:
-                        text, prompt = narrative(scene, rng, unseen=split == "val"), shapes.keywords(scene)
+                        if scene.relation:
+                            *groups, relation = either_way(scene, rng)
+                            scene = shapes.Scene(tuple(groups), relation)
+                        text, prompt = narrative(scene, rng, unseen=split == "val", turn=False), shapes.keywords(scene)
                     file.write(json.dumps({"file_name": image["file_name"], "text": text, "prompt": prompt}) + "\n")
 
 
@@ -318,7 +321,7 @@ def tag_score(scene, label):
 
 def tag_line(caption, label):
     """The text up to the place where a language model writes the score, ' 1', ' 2' or ' 3'."""
-    return f"scene: {caption}. object: {label}. score:"
+    return f"scene: {caption}. {label}:"
 
 
 def tag_example(scene, rng, labels=1):
@@ -327,22 +330,22 @@ def tag_example(scene, rng, labels=1):
     for i in range(labels):
         score = rng.randint(1, 3)
         label = rng.choice([label for label in (f"{c} {s}" for c, s in product(COLOURS, SHAPES)) if tag_score(scene, label) == score])
-        line = f"{line}. object: {label}. score: {score}" if i else f"{tag_line(line, label)} {score}"
+        line = f"{line}. {label}: {score}" if i else f"{tag_line(line, label)} {score}"
     return line
 
 
 def corpus(scenes, rng):
     """Lines of text to train a small language model on, one for each scene, as an iterator. Shares, in % of the lines:
 
-    20  a caption in one of LANGUAGES, or (one in five) the keyword prompt
-    25  a scene in two languages: 'german: drei grüne Kreise ... english: three green circles ...'
+    17  a caption in one of LANGUAGES, or (one in five) the keyword prompt
+    22  a scene in two languages: 'german: drei grüne Kreise ... english: three green circles ...'
     5   a paragraph, half of them in English, with what it shows: '... in plain words: three green circles above a blue square'
-    20  a narrative with its plain meaning, as a caption or as keywords; held-out pairs are left out
-    5   three facts
-    25  three segments' labels and how well each fits the scene
+    17  a narrative with its plain meaning, as a caption or as keywords; held-out pairs are left out
+    4   three facts
+    35  eight segments' labels and how well each fits the scene
     """
     for scene in scenes:
-        kind = rng.choices(("caption", "parallel", "paragraph", "narrative", "facts", "tag"), weights=(20, 25, 5, 20, 5, 25))[0]
+        kind = rng.choices(("caption", "parallel", "paragraph", "narrative", "facts", "tag"), weights=(17, 22, 5, 17, 4, 35))[0]
         meaning = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
         if kind == "caption":
             language = rng.choice((*LANGUAGES, "keywords"))
@@ -356,4 +359,4 @@ def corpus(scenes, rng):
         elif kind == "facts":
             yield ". ".join(facts(rng)[:3])
         else:
-            yield tag_example(scene, rng, labels=3)
+            yield tag_example(scene, rng, labels=8)

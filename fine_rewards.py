@@ -1,0 +1,610 @@
+r"""Fine-grained semantic rewards, and learning from what they rank first (arXiv 2305.19599).
+
+The idea. Let the model draw several candidates for a prompt, let experts read them, and train on the candidate that was read best. Two experts
+look at meaning: a captioner tells what a picture shows as a whole, a segmenter names its parts, and a language model says whether such a part
+belongs into the scene. Rewards of different kinds have no common unit, so they vote by rank.
+
+    caption reward   R(x, p) = cos(CLIP(captioner(x)), CLIP(p))                         CLIP's text tower, twice
+    SAM reward       R(x, p) = (sum_i s_i - 2 n) / (2 n),   s_i = sum_k k P_LLM(k | p, l_i),   k = 1, 2, 3
+                     of the labels l_1 .. l_n of the parts of x; -0.5 where there is no part. It cannot see what is missing, nor a wrong count
+    CLIP reward      R(x, p) = cos(CLIP(x), CLIP(p))
+    aesthetic reward R(x) = w CLIP(x) + b
+
+    rank_r(k) = 0 for the best of the K candidates under reward r, ..., K - 1 for the worst; equals share their mean rank
+    chosen    = argmin_k sum_r weight_r rank_r(k), the first of equals                  one picture a prompt
+    L         = | network(x_t, t, p) - target |^2 on the chosen pictures, LoRA on all attention, nothing else moves
+
+A round draws with the network as it is, scores, chooses and tunes; the next begins with what came out (RAFT, reward-ranked fine-tuning).
+
+    python fine_rewards.py --train                            # from the half-trained flagship: two rounds and a table
+    python fine_rewards.py --compare                          # each reward alone, their sum, random ones, real pictures
+    python sample.py "two red circles above a blue square" --run runs/fine_rewards
+    python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
+
+Differs from the paper (its released code in brackets):
+ 1. A candidate is scored against its own prompt, all K of them [against others', and two never]; ranks are ranks [an argsort, and the worst won].
+ 2. The parts' labels come from a segmenter, refined by SAM with --sam [tags of Tag2Text, SAM was never run].
+ 3. The LLM's score of a label is expected under its next-token probabilities, each label in a fresh context [digits picked from generated text,
+    list numbers among them, one conversation for all pictures].
+ 4. The CLIP and the aesthetic reward are open models' [a CLIP tuned to human preference]; toy: caption, SAM and CLIP reward vote, with weight 1.
+ 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 16 [4], AdamW 1e-3 [9e-6], one batch of 64 [8].
+ 6. The network is tuned with captions dropped as it was trained [not known].
+"""
+import argparse
+import copy
+import dataclasses
+import functools
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import uvit_fusion
+from common import UserError, setting
+
+REWARDS = ("caption", "sam", "clip", "aesthetic")
+INSTRUCTIONS = {
+    "toy": "scene: {prompt}. {label}:",                                       # the lines that the tiny LLM was trained on
+    "paper": "A picture was made for the description: {prompt}\nOne part of the picture has been recognised as: {label}\nHow likely is it that "
+             "a {label} appears in the scene that is described? Answer 3 if it is certain, 2 if it is possible, 1 if it is unlikely.\nAnswer:"}
+
+
+@dataclass
+class Settings:
+    """Everything that makes a run: saved as config.json, read back by whatever loads the run."""
+    # what it stands on
+    base: str = setting("runs/uvit_fusion/early.safetensors", "run of uvit_fusion.py, or a file of weights in one, that is tuned")
+    captioner: str = setting("runs/toy/captioner", "model that tells what a picture shows: a folder in the Hugging Face format or a name on its hub")
+    segmenter: str = setting("runs/toy/segmenter", "model of semantic segmentation whose labels name the parts of a picture, likewise")
+    sam: str = setting("", "Segment Anything model that refines the parts (default: the connected parts of the segmenter's map)")
+    llm: str = setting("runs/toy/llm", "causal language model that scores the labels")
+    clip_model: str = setting("", "CLIP of text and pictures that rewards are measured with (default: the one whose text the base reads)")
+    scorer: str = setting("runs/toy/quality.safetensors", "linear head on CLIP features, for the aesthetic reward")
+    instruction: str = setting("toy", f'what the LLM is asked: {" or ".join(INSTRUCTIONS)}, or a text with {{prompt}} and {{label}} in it')
+    # the rewards
+    weights: tuple = setting((1.0, 1.0, 1.0, 0.0), f"of the ranks by {', '.join(REWARDS)} (0: not computed)", low=0)
+    choose: str = setting("ranks", '"ranks": the candidate with the smallest weighted sum of ranks; "sum": the largest sum of rewards, each of '
+                          'deviation 1; "random"; "real": no candidates, pictures of the data set', choices=("ranks", "sum", "random", "real"))
+    candidates: int = setting(10, "K, pictures drawn for a prompt", low=1)
+    keep: float = setting(1.0, "share of the prompts, those whose chosen pictures rank best among all, that are learnt from", above=0, high=1)
+    smallest: float = setting(0.012, "parts below this share of a picture are not counted", low=0, high=1)
+    # the rounds
+    rounds: int = setting(2, "R, times that candidates are drawn and learnt from", low=1)
+    prompts: int = setting(640, "a round", low=1)
+    sample_steps: int = setting(10, "network evaluations a candidate", low=1)
+    steps: int = setting(300, "training steps a round", low=1)
+    batch: int = setting(64, "pictures a step", low=1)
+    rank: int = setting(16, "of LoRA, on q, k, v and out of all attention", low=1)
+    lr: float = setting(1e-3, "highest learning rate of AdamW", above=0)
+    warmup: int = setting(20, "steps of linear warm-up", low=0)
+    decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
+    weight_decay: float = setting(0.01, "of AdamW", low=0)
+    clip_grad: float = setting(1.0, "largest norm of the gradient (0: no clipping)", low=0)
+    drop: float = setting(0.1, "share of captions replaced by the empty one", low=0, high=1)
+    seed: int = setting(0, "of prompts, noise and order", low=0, high=10**6)
+    # where the prompts come from
+    data: str = setting("shapes", '"shapes" (the toy world), a folder in the layout of MS-COCO, or one of pictures with a .txt beside each')
+    base_identity: str = ""        # of the network that is tuned, down to its weights; set from it
+    method: str = "fine_rewards"
+
+    def __post_init__(self):
+        """Raises UserError for settings that are out of range or do not fit together."""
+        common.check_limits(self)
+        if self.choose in ("ranks", "sum") and not any(self.weights):
+            raise UserError(f"--weights: one of {', '.join(REWARDS)} must have a weight above 0")
+        if not all(place in INSTRUCTIONS.get(self.instruction, self.instruction) for place in ("{prompt}", "{label}")):
+            raise UserError(f'--instruction {self.instruction}: choose {" or ".join(INSTRUCTIONS)}, or a text with {{prompt}} and {{label}} in it')
+
+
+PRESETS = {
+    "toy": {},
+    "paper": dict(base="runs/coco256", captioner="Salesforce/blip2-opt-2.7b", segmenter="nvidia/segformer-b0-finetuned-ade-512-512",
+                  sam="facebook/sam-vit-base", llm="lmsys/vicuna-7b-v1.5", clip_model="openai/clip-vit-large-patch14", instruction="paper",
+                  weights=(1.0, 1.0, 0.0, 0.0), sample_steps=50, prompts=10_000, steps=5000, batch=8, rank=4, lr=9e-6, warmup=0, decay=0.0,
+                  data="coco"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- what experts see
+class Captioner:
+    """Pictures uint8 (N, H, W, 3) -> N captions, by any AutoModelForImageTextToText."""
+    def __init__(self, path, device, dtype):
+        self.device, self.dtype = device, dtype
+        self.model, self.processor = common.load_pretrained("AutoModelForImageTextToText", path, "--captioner", "captioner", device, "AutoProcessor",
+                                                            dtype=dtype)
+
+    @torch.no_grad()
+    def __call__(self, pictures):
+        inputs = self.processor(images=list(pictures), return_tensors="pt").to(self.device, self.dtype)
+        ids = self.model.generate(**inputs, max_new_tokens=30, do_sample=False)
+        return [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def connected_parts(labels):
+    """Connected parts (4 neighbours) of equal label in label maps (N, H, W): numbers (N, H, W), 0 where the label is 0, the background."""
+    n, h, w = labels.shape
+    parts = torch.where(labels > 0, torch.arange(1, h * w + 1, device=labels.device).view(1, h, w), 0)
+    while True:                                                               # the largest number spreads through its part
+        grown = parts
+        for dim, shift in ((1, 1), (1, -1), (2, 1), (2, -1)):
+            near, other = grown.roll(shift, dim), labels.roll(shift, dim).clone()
+            other.select(dim, 0 if shift == 1 else -1).fill_(0)               # what comes in from the other edge is no neighbour
+            grown = torch.where(other == labels, torch.maximum(grown, near), grown)
+        grown = torch.where(labels > 0, grown, 0)
+        if torch.equal(grown, parts):
+            return parts
+        parts = grown
+
+
+class Segmenter:
+    """Pictures uint8 (N, H, W, 3) -> N lists of parts (label, mask (H, W) bool), by any AutoModelForSemanticSegmentation, refined by SAM."""
+    def __init__(self, path, device, dtype, sam="", smallest=0.012):
+        self.device, self.smallest = device, smallest
+        self.model, self.processor = common.load_pretrained("AutoModelForSemanticSegmentation", path, "--segmenter", "segmenter", device,
+                                                            "AutoImageProcessor")
+        self.names = {i: name for i, name in self.model.config.id2label.items()}
+        self.sam = Masks(sam, device) if sam else None
+
+    @torch.no_grad()
+    def label_maps(self, pictures):
+        """(N, H, W) of label numbers; 0 is the background if the model has one."""
+        logits = self.model(**self.processor(images=list(pictures), return_tensors="pt").to(self.device)).logits
+        maps = F.interpolate(logits.float(), pictures.shape[1:3], mode="bilinear").argmax(1)
+        return maps if self.names[0] == "background" else maps + 1            # then all labels are parts
+
+    def __call__(self, pictures):
+        maps = self.label_maps(pictures)
+        shift = 0 if self.names[0] == "background" else 1
+        if self.sam:
+            masks = [self.sam(picture) for picture in pictures]
+        else:
+            masks = [[part == number for number in part.unique() if number] for part in connected_parts(maps)]
+        found = []
+        for labels, some in zip(maps, masks):
+            parts = [(int(labels[mask].mode().values), mask.cpu().numpy()) for mask in some if mask.float().mean() >= self.smallest]
+            found.append([(self.names[label - shift], mask) for label, mask in parts if label])
+        return found
+
+
+class Masks:
+    """All that Segment Anything finds in a picture uint8 (H, W, 3): a list of masks (H, W) bool, asked for at a grid of points.
+
+    Of masks that overlap by more than half only the surest is kept (non-maximum suppression, on the masks themselves).
+    """
+    def __init__(self, path, device, side=16, sure=0.88, overlap=0.5):
+        self.device, self.side, self.sure, self.overlap = device, side, sure, overlap
+        self.model, self.processor = common.load_pretrained("SamModel", path, "--sam", "Segment Anything model", device, "SamProcessor")
+
+    @torch.no_grad()
+    def __call__(self, picture):
+        h, w = picture.shape[:2]
+        points = [[(x + 0.5) * w / self.side, (y + 0.5) * h / self.side] for y in range(self.side) for x in range(self.side)]
+        inputs = self.processor(images=picture, input_points=[[[point] for point in points]], return_tensors="pt").to(self.device, torch.float32)
+        out = self.model(**inputs)
+        masks = self.processor.image_processor.post_process_masks(out.pred_masks.cpu(), inputs["original_sizes"].cpu(),
+                                                                  inputs["reshaped_input_sizes"].cpu())[0].flatten(0, 1)      # (points x 3, H, W)
+        scores, kept = out.iou_scores.flatten().cpu(), []
+        for i in scores.argsort(descending=True):
+            if scores[i] < self.sure or not masks[i].any():
+                continue
+            if all((masks[i] & mask).sum() <= self.overlap * (masks[i] | mask).sum() for mask in kept):
+                kept.append(masks[i])
+        return kept
+
+
+class LabelScorer:
+    """How likely labels are in the scenes that prompts describe: [(prompt, label)] -> expected scores (N,), 1 to 3, by any causal LLM.
+
+    Each pair is read by itself; what follows is not generated: the scores are weighed by the probabilities of "1", "2" and "3" as next token.
+    """
+    def __init__(self, path, instruction, device, dtype):
+        self.device, self.known = device, {}
+        self.instruction = INSTRUCTIONS.get(instruction, instruction)
+        self.model, self.tokenizer = common.load_pretrained("AutoModelForCausalLM", path, "--llm", "language model", device, dtype=dtype)
+
+    def tokens(self, prompt, label):
+        """Token numbers of the question, as far as the three answers agree, and of the next one of each answer."""
+        text = self.instruction.format(prompt=prompt, label=label)
+        ids = self.tokenizer([f"{text} {k}" for k in (1, 2, 3)]).input_ids
+        common_part = os.path.commonprefix(ids)                               # a tokenizer may put the space into a token of its own
+        return common_part, [row[len(common_part)] for row in ids]
+
+    @torch.no_grad()
+    def __call__(self, pairs, batch=128):
+        new = sorted({pair for pair in pairs if pair not in self.known}, key=lambda pair: len(pair[0]) + len(pair[1]))
+        for start in range(0, len(new), batch):
+            rows, answers = zip(*(self.tokens(*pair) for pair in new[start:start + batch]))
+            x = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
+            last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+            mask = torch.arange(x.shape[1], device=self.device) <= last[:, None]
+            logits = self.model(input_ids=x, attention_mask=mask.long()).logits[torch.arange(len(x)), last].float()
+            p = logits.gather(1, torch.tensor(answers, device=self.device)).softmax(1)
+            self.known |= dict(zip(new[start:start + batch], (p @ torch.tensor([1.0, 2.0, 3.0], device=self.device)).tolist()))
+        return np.array([self.known[pair] for pair in pairs])
+
+
+# --------------------------------------------------------------------------------------------------------------- rewards
+class Rewards:
+    """The rewards whose weight is not 0, of pictures and their prompts. `seconds` tells how long each has taken so far."""
+    def __init__(self, s, clip_path, device, precision):
+        import eval as grade
+        dtype = precision if device.type == "cuda" else torch.float32
+        self.names = [name for name, weight in zip(REWARDS, s.weights) if weight]
+        self.seconds = dict.fromkeys(self.names, 0.0)
+        self.clip = grade.ClipScorer(s.clip_model or clip_path, device)
+        self.captioner = Captioner(s.captioner, device, dtype) if "caption" in self.names else None
+        self.segmenter = Segmenter(s.segmenter, device, dtype, s.sam, s.smallest) if "sam" in self.names else None
+        self.labels = LabelScorer(s.llm, s.instruction, device, dtype) if "sam" in self.names else None
+        self.aesthetic = grade.Aesthetic(s.scorer, self.clip) if "aesthetic" in self.names else None
+
+    def __call__(self, pictures, prompts):
+        """pictures uint8 (N, H, W, 3), N prompts -> {reward: (N,)}, N captions (or ""), N lists of parts (label, mask) (or [])."""
+        scores, captions, parts = {}, [""] * len(prompts), [[]] * len(prompts)
+        for name in self.names:
+            begin = time.perf_counter()
+            if name == "caption":
+                captions = self.captioner(pictures)
+                scores[name] = (self.clip.texts(captions) * self.clip.texts(list(prompts))).sum(-1).cpu().numpy()
+            elif name == "sam":
+                parts = self.segmenter(pictures)
+                scores[name] = sam_reward(parts, prompts, self.labels)
+            elif name == "clip":
+                scores[name] = (self.clip.images(pictures) * self.clip.texts(list(prompts))).sum(-1).cpu().numpy()
+            else:
+                scores[name] = self.aesthetic(pictures).cpu().numpy()
+            self.seconds[name] += time.perf_counter() - begin
+        return scores, captions, parts
+
+
+def sam_reward(parts, prompts, score):
+    """(sum_i s_i - 2 n) / (2 n) of the n parts of each picture; -0.5 where there are none. parts: N lists of (label, mask); -> (N,)."""
+    pairs = [(prompt, label) for some, prompt in zip(parts, prompts) for label, _ in some]
+    scores, rewards = iter(score(pairs) if pairs else ()), []
+    for some in parts:
+        s, n = [next(scores) for _ in some], len(some)
+        rewards.append((sum(s) - 2 * n) / (2 * n) if n else -0.5)
+    return np.array(rewards)
+
+
+def ranks(rewards):
+    """Rewards (..., K) -> ranks (..., K) as floats: 0 for the highest, K - 1 for the lowest, equals share their mean rank."""
+    higher = (rewards[..., None, :] > rewards[..., :, None]).sum(-1)          # how many are higher than this one
+    equal = (rewards[..., None, :] == rewards[..., :, None]).sum(-1)          # itself among them
+    return higher + (equal - 1) / 2
+
+
+def assemble(s, rewards):
+    """What decides between candidates, the smallest first: {reward: (..., K)} -> (..., K)."""
+    weights = {name: weight for name, weight in zip(REWARDS, s.weights) if weight}
+    if s.choose == "sum":
+        return -sum(weight * rewards[name] / max(rewards[name].std(), 1e-9) for name, weight in weights.items())
+    return sum(weight * ranks(rewards[name]) for name, weight in weights.items())
+
+
+def choose(s, rewards, count, n):
+    """Of `count` prompts in round n, {reward: (count, K)} -> numbers of the count x keep that are learnt from, and the chosen candidate of each."""
+    if s.choose == "random":
+        rng = np.random.default_rng((s.seed, n))
+        return np.sort(rng.permutation(count)[:max(1, round(s.keep * count))]), rng.integers(s.candidates, size=max(1, round(s.keep * count)))
+    best = assemble(s, rewards).argmin(1)                                     # the first of equals
+    chosen = {name: values[np.arange(count), best] for name, values in rewards.items()}
+    among = np.sort(assemble(s, chosen).argsort(kind="stable")[:max(1, round(s.keep * count))])
+    return among, best[among]
+
+
+# ---------------------------------------------------------------------------------------------------------------- a round
+def round_prompts(s, dataset, n):
+    """The prompts of round n (from 0), (index of the picture, caption): no picture gives two of them before all have given one."""
+    order = np.random.default_rng(s.seed).permutation(len(dataset))
+    places = [int(order[i % len(order)]) for i in range(n * s.prompts, (n + 1) * s.prompts)]
+    return places, [random.Random(f"{s.seed} {n} {i}").choice(dataset.items[i][1]) for i in places]
+
+
+def draw_and_score(s, painter, rewards, prompts, folder, n, batch=32):
+    """Draws K candidates of each of P prompts and scores them, into files in a folder; interrupted, it goes on there.
+
+    Returns pictures uint8 (P, K, H, W, 3), {reward: (P, K)} and the seconds that the drawing took.
+    """
+    made_from = {"prompts": prompts, "network": common.fingerprint(painter.model)}
+
+    def repeated(start):
+        return [prompt for prompt in prompts[start:start + batch] for _ in range(s.candidates)]
+
+    def drawn(note):
+        for start in range(note["done"], len(prompts), batch):
+            pictures = painter.draw(repeated(start), steps=s.sample_steps, seed=s.seed + 1 + n, first=start * s.candidates)
+            yield pictures.reshape(-1, s.candidates, *pictures.shape[1:])
+
+    def scored(note):
+        for start in range(note["done"], len(prompts), batch):
+            values, _, _ = rewards(np.concatenate(candidates[start:start + batch]), repeated(start))
+            yield np.stack([values[name] for name in rewards.names], -1).reshape(-1, s.candidates, len(rewards.names))
+    shape, begin = (len(prompts), s.candidates, painter.side, painter.side, 3), time.perf_counter()
+    candidates, _ = common.collect(folder / "candidates.npy", made_from, shape, np.uint8, drawn, f"round {n + 1}: drawing", "prompt")
+    drawing, scores = time.perf_counter() - begin, np.zeros((*shape[:2], 0))
+    if rewards.names:
+        scores, _ = common.collect(folder / "scores.npy", made_from | {"rewards": rewards.names}, (*shape[:2], len(rewards.names)), np.float32,
+                                   scored, f"round {n + 1}: scoring", "prompt")
+    return candidates, {name: np.array(scores[..., i]) for i, name in enumerate(rewards.names)}, drawing
+
+
+@torch.no_grad()
+def as_data(painter, pictures):
+    """Drawn pictures uint8 (N, H, W, 3) as the data set would hold them for `Painter.to_x_0`: uint8 (N, 3, H, W), or moments of latents."""
+    pictures = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    if painter.autoencoder is None:
+        return pictures
+    parts = (painter.autoencoder.encode(common.to_float(part.to(painter.device))) for part in pictures.split(16))
+    return torch.cat([torch.stack(moments, dim=1).half().cpu() for moments in parts])
+
+
+def tune(s, painter, pictures, prompts, folder, n, state, save_every=100):
+    """Trains LoRA on captioned pictures by the loss that the base was trained with, and merges it into the painter's network.
+
+    pictures: what `Painter.to_x_0` takes, of N prompts; folder: of the run; state: of this round when it was interrupted, or None.
+    """
+    base, device, model = painter.settings, painter.device, painter.model
+    torch.manual_seed(s.seed + n)
+    tuned = common.add_lora(copy.deepcopy(model), s.rank)
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer, start = torch.optim.AdamW(trained, s.lr, weight_decay=s.weight_decay, fused=True), 0
+    if state:
+        common.load_into(tuned, state["tuned"], folder / "state.pt")
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    metrics, losses = common.Metrics(folder, ["step", "loss", "lr"], start, f"metrics{n + 1}.csv"), []
+    generator, shape = torch.Generator(device), (s.batch, base.channels, base.size, base.size)
+    uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
+    draws = common.Draws(len(prompts), s.batch, start, s.steps, s.seed + n)
+    with common.Interrupt() as interrupt, tqdm(draws, initial=start, total=s.steps, desc=f"round {n + 1}: learning", unit="step") as progress:
+        for step, places in enumerate(progress, start + 1):
+            places = [i for i, _ in places]
+            optimizer.param_groups[0]["lr"] = s.lr * uvit_fusion.learning_rate(s, step)
+            generator.manual_seed((100 * s.seed + n) * 10**7 + step)
+            dropped = (uniform(s.batch) < s.drop).tolist()
+            t = 1 + (painter.diffusion.T * uniform(s.batch)**base.time_power).long().clamp(max=painter.diffusion.T - 1)
+            eps = normal(shape)
+            x_0 = painter.to_x_0(pictures[places], normal(shape) if painter.autoencoder else None)
+            text, mask = painter.encoder(["" if drop else prompts[i] for drop, i in zip(dropped, places)])
+            with common.autocast(device, painter.precision):
+                loss = painter.diffusion.loss(functools.partial(tuned, text=text, mask=mask), x_0, t, eps)
+            optimizer.zero_grad()
+            loss.backward()
+            if s.clip_grad:
+                torch.nn.utils.clip_grad_norm_(trained, s.clip_grad)
+            optimizer.step()
+            losses.append(loss.detach())
+            if step % 20 and step != s.steps and not interrupt.asked:
+                continue
+            mean, losses = torch.stack(losses).mean().item(), []
+            if not math.isfinite(mean):
+                raise UserError(f"the loss is {mean} at step {step} of round {n + 1}: try a lower --lr")
+            metrics.add(step, mean, optimizer.param_groups[0]["lr"])
+            progress.set_postfix(loss=f"{mean:.4f}")
+            if interrupt.asked or step % save_every == 0:
+                with common.whole(folder / "state.pt") as unfinished:
+                    torch.save({"round": n, "step": step, "tuned": tuned.state_dict(), "optimizer": optimizer.state_dict()}, unfinished)
+            if interrupt.asked and step < s.steps:
+                print(f"stopped after step {step} of round {n + 1}; to go on: the same command with --resume")
+                sys.exit(130)
+    model.load_state_dict(common.merge_lora(tuned).state_dict())
+
+
+def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4):
+    """A picture of a round: candidates of some prompts, the first in rank first, parts outlined, with captions, parts and scores below."""
+    import sample
+    pictures, texts = [], []
+    for prompt, row, values in zip(prompts[:columns], candidates, [{name: v[i] for name, v in scores.items()} for i in range(columns)]):
+        order = assemble(s, values).argsort(kind="stable")
+        _, captions, parts = rewards(np.stack([row[k] for k in order]), [prompt] * len(order))
+        for place, (k, caption, some) in enumerate(zip(order, captions, parts), 1):
+            scale = max(1, 96 // row[k].shape[0])
+            large = np.kron(row[k], np.ones((scale, scale, 1), np.uint8))
+            for _, mask in some:                                              # its border, inside
+                mask = np.pad(np.kron(mask, np.ones((scale, scale), bool)), 1)
+                inside = mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
+                large[mask[1:-1, 1:-1] & ~inside] = 0
+            pictures.append(large)
+            marks = " ".join(f"{name} {values[name][k]:.2f}" for name in rewards.names)
+            texts.append(". ".join(filter(None, [f"{place}", caption, ", ".join(label for label, _ in some), marks])))
+    sample.picture_grid(pictures, texts, path, columns=s.candidates, titles=prompts[:columns])
+
+
+def run(s, painter, dataset, data, folder, options, samples=512):
+    """All rounds, in a run folder; the painter's network is tuned in place. On the toy world each round's end is judged, from `samples` captions.
+
+    A run that was interrupted goes on with options.resume, in the round and step where it stopped.
+    """
+    import eval as grade
+    import sample
+    state = common.open_run(folder, s, options)
+    if not state:
+        for old in folder.glob("round[0-9]*"):
+            shutil.rmtree(old)
+        state = {"round": 0}
+        save_state(folder, state)
+        common.write_json(folder / "uvit.json", dataclasses.asdict(painter.settings))
+    if state["round"]:
+        common.load_into(painter.model, common.read_weights(folder / "model.safetensors", folder / "model.safetensors"), folder)
+    known = "scene" in dataset.items[0][2]
+    rewards = Rewards(s, painter.settings.clip, painter.device, painter.precision)
+    metrics = common.Metrics(folder, ["round", "judged", *rewards.names], state["round"] if state["round"] or "step" in state else -1, "rewards.csv")
+
+    def look(n):                                                              # what the judge and the rewards say of held-out captions
+        if known:
+            scenes, captions, unseen = grade.validation_prompts(data, painter.settings.size, samples)
+            pictures = painter.draw(captions, steps=s.sample_steps)
+            values = [rewards(pictures[i:i + 256], captions[i:i + 256])[0] for i in range(0, len(pictures), 256)] if rewards.names else []
+            means = [float(np.mean(np.concatenate([part[name] for part in values]))) for name in rewards.names]
+            metrics.add(n, float(grade.judged(pictures, scenes, unseen)[1]["all"].mean()), *means)
+            sample.plot({name: metrics.column(name) for name in ("judged", *rewards.names)}, folder / "rewards.png", "round",
+                        "held-out captions: share judged right, and mean rewards")
+    if state == {"round": 0}:
+        look(0)
+    for n in range(state["round"], s.rounds):
+        places, prompts = round_prompts(s, dataset, n)
+        if s.choose == "real":
+            pictures = torch.stack([dataset.picture(i) for i in places])
+        else:
+            begin, before = time.perf_counter(), dict(rewards.seconds)
+            candidates, scores, drawing = draw_and_score(s, painter, rewards, prompts, folder / f"round{n + 1}", n)
+            among, best = choose(s, scores, len(prompts), n)
+            pictures, prompts = as_data(painter, candidates[among, best]), [prompts[i] for i in among]
+            spent = {"drawing": drawing} | {name: rewards.seconds[name] - before[name] for name in rewards.names}
+            rows = [["", "all candidates", "chosen", "pictures a second", "share of the time, %"]]
+            for name, seconds in spent.items():
+                means = (f"{scores[name].mean():.3f}", f"{scores[name][among, best].mean():.3f}") if name in scores else ("", "")
+                rows.append([name, *means, candidates.shape[0] * s.candidates / seconds if seconds > 0.1 else math.nan,
+                             100 * seconds / (time.perf_counter() - begin)])
+            grade.print_table(rows, f"round {n + 1}: {len(candidates)} prompts, {s.candidates} candidates each, {len(among)} pictures to learn from")
+            if rewards.names:
+                draw_round(s, painter, rewards, candidates, scores, round_prompts(s, dataset, n)[1], folder / "samples" / f"round{n + 1}.png")
+        tune(s, painter, pictures, prompts, folder, n, state if "step" in state else None)
+        common.save_tensors(painter.model.state_dict(), folder / "model.safetensors")
+        state = {"round": n + 1}
+        save_state(folder, state)
+        look(n + 1)
+
+
+def save_state(folder, state):
+    with common.whole(folder / "state.pt") as unfinished:
+        torch.save(state, unfinished)
+
+
+def load(path, device, precision):
+    """The painter of a run folder, or of a .safetensors file in one."""
+    path = Path(path)
+    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    base = common.read_settings(uvit_fusion.Settings, folder, "uvit.json")
+    tensors = common.read_weights(weights, f"checkpoint {weights}")
+    return uvit_fusion.make_painter(base, common.TextEncoder(base.clip, device), tensors, weights, folder, precision)
+
+
+# ----------------------------------------------------------------------------------------------------------------- grading
+def diversity(painter, clip, captions, each=8):
+    """The mean distance, 1 - cos, between CLIP's features of pictures of one caption, over all pairs."""
+    pictures = painter.draw([caption for caption in captions for _ in range(each)], steps=10, seed=5)
+    x = clip.images(pictures).view(len(captions), each, -1)
+    return float((1 - (x @ x.transpose(1, 2)).sum((1, 2)) / each**2).mean() * each / (each - 1))
+
+
+def measure(painter, data, samples, steps):
+    """(verdicts of the judge (N,), tiny-CLIP distance to real pictures, diversity) of held-out captions, picture i from noise i."""
+    import eval as grade
+    scenes, captions, unseen = grade.validation_prompts(data, painter.settings.size, samples)
+    pictures = painter.draw(captions, steps=steps, progress=True)
+    clip, dataset = grade.ClipScorer(painter.settings.clip, painter.device), common.CaptionedImages(data, "val", painter.side)
+    real = torch.stack([dataset.picture(i) for i in range(len(scenes))]).permute(0, 2, 3, 1)
+    drawn, true = (grade.statistics(clip.images(some).cpu().numpy()) for some in (pictures, real))
+    return grade.judged(pictures, scenes, unseen)[1]["all"], grade.frechet_distance(*true, *drawn), diversity(painter, clip, captions[:64])
+
+
+def percent(name, values):
+    """{name: mean in percent, name_ci: half of its 95 % interval}."""
+    import eval as grade
+    return {name: 100 * float(np.mean(values)), f"{name}_ci": 100 * float(grade.interval(values))}
+
+
+COMPARED = {                                                                  # name: what is changed
+    "real_pictures": {"choose": "real", "weights": (0.0,) * 4},
+    "random": {"choose": "random", "weights": (0.0,) * 4},
+    "clip_only": {"weights": (0.0, 0.0, 1.0, 0.0)},
+    "caption_only": {"weights": (1.0, 0.0, 0.0, 0.0)},
+    "sam_only": {"weights": (0.0, 1.0, 0.0, 0.0)},
+    "sum": {"choose": "sum"},
+    "rank_sum": {},
+}
+
+
+def compare(s, dataset, data, folder, args):
+    """Runs each way to choose with the same budget, judges it on the same captions and noise, and prints one table. Finished ones are kept."""
+    import eval as grade
+    import sample
+    start, first_distance, first_diversity = measure(sample.load_run(s.base, args.device, args.precision), data, args.samples, s.sample_steps)
+    figures, right = percent("start", start) | {"distance_start": first_distance, "diversity_start": first_diversity}, {}
+    rows = [["all right, %", "", "+-", "gain", "+-", "distance", "diversity"],
+            ["start", *percent("", start).values(), "", "", f"{first_distance:.4f}", f"{first_diversity:.3f}"]]
+    for name, change in COMPARED.items():
+        one, out = dataclasses.replace(s, **change), folder / name
+        if (out / "done").exists():
+            common.check_settings(out, one)
+        else:
+            run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out,
+                common.Options(resume=(out / "state.pt").exists(), overwrite=True))
+            (out / "done").touch()
+        right[name], distance, varied = measure(sample.load_run(out, args.device, args.precision), data, args.samples, s.sample_steps)
+        figures |= percent(name, right[name])
+        rows.append([name, *percent("", right[name]).values(), *percent("", right[name] - start).values(), f"{distance:.4f}", f"{varied:.3f}"])
+        grade.write_results(folder, figures)
+    figures |= percent("gain_over_random", right["rank_sum"] - right["random"])
+    grade.write_results(folder, figures)
+    grade.print_table(rows, f"{folder}: {len(start)} held-out captions, {s.sample_steps} steps; {s.rounds} rounds of {s.prompts} prompts")
+    for name, verdicts in right.items():
+        if name != "rank_sum":
+            gain = percent("gain", right["rank_sum"] - verdicts)
+            print(f"rank_sum is ahead of {name} by {gain['gain']:.1f} +- {gain['gain_ci']:.1f} points, picture by picture")
+
+
+# -------------------------------------------------------------------------------------------------------------------- main
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    action = parser.add_argument_group("what to do")
+    action.add_argument("--train", action="store_true", help="all rounds; on the toy world, what was gained, as a table")
+    action.add_argument("--compare", action="store_true", help="the same with each reward alone, and with none (long)")
+    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
+    parser.add_argument("--out", help="run folder (default runs/fine_rewards; --compare: runs/rewards_compare)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, in the round and step where it stopped")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
+    common.add_machine_flags(parser)
+    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    args = parser.parse_args()
+    if not (args.train or args.compare):
+        parser.print_help()
+        return
+    import eval as grade
+    import sample
+    import toy
+    s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite)
+    folder = Path(args.out or ("runs/rewards_compare" if args.compare else "runs/fine_rewards"))
+    if args.train:
+        common.check_run(folder, options)
+    base = sample.load_or_train(s.base, args.device, args.precision)
+    data = toy.prepare(s.data, base.settings.clip, base.side, s.llm, s.captioner, s.segmenter)
+    if args.compare and s.data != "shapes":
+        raise UserError("--compare grades with the exact judge of the toy world: without --data")
+    s, begin = dataclasses.replace(s, base_identity=common.fingerprint(base.model)), time.time()
+    dataset = base.data(data, "train")
+    if args.compare:
+        compare(s, dataset, data, folder, args)
+        return
+    painter = copy.copy(base)
+    painter.model, painter.folder = copy.deepcopy(base.model), folder
+    run(s, painter, dataset, data, folder, options)
+    if s.data != "shapes":
+        grade.report(painter, data, args.samples, begin, __file__)
+        return
+    seconds, (before, *first), (after, *last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
+    figures = percent("start", before) | percent("final", after) | percent("gain", after - before)
+    figures |= dict(zip(("distance_start", "diversity_start", "distance_final", "diversity_final"), (*first, *last)))
+    rows = [[f"{len(before)} held-out captions", "start", "after", "+-"], ["all right, %", figures["start"], figures["final"], figures["final_ci"]],
+            *([name, f"{figures[name + '_start']:.4f}", f"{figures[name + '_final']:.4f}", ""] for name in ("distance", "diversity"))]
+    grade.print_table(rows, f"{folder}: {s.rounds} rounds, {s.sample_steps} sampling steps; tiny-CLIP distance to real pictures, and between those "
+                            "of one caption")
+    print(f"gained, picture by picture: {figures['gain']:.1f} +- {figures['gain_ci']:.1f} points; {seconds:.0f} s for the rounds, "
+          f"{time.time() - begin:.0f} s in all; figures in {folder / 'results.json'}")
+    grade.write_results(folder, figures | {"seconds": time.time() - begin})
+
+
+if __name__ == "__main__":
+    common.entry(main)
