@@ -620,7 +620,8 @@ def main():
         tuned_clip = grade.tune_clip(clip, candidates.pictures, candidates.texts, examples(candidates))
         figures = grade_toy(s, matcher, plain, clip, tuned_clip, data, args.samples, args.others)
         group = grade.read_groups(Path(data) / "annotations" / "match_ten.jsonl")[0]
-        rank_texts(matcher, group["pictures"][0], group["texts"][:4], s, folder / "samples" / "attention.png")
+        right, texts = group["texts"][group["right"]], [text for i, text in enumerate(group["texts"]) if i != group["right"]]
+        rank_texts(matcher, group["pictures"][0], [right, *texts[:3]], s, folder / "samples" / "attention.png")
         grade.write_results(folder, figures | {"seconds": time.time() - begin, "peak_memory_mb": grade.peak_memory_mb()})
         print(f"{time.time() - begin:.0f} s beyond the flagship; figures in {folder / 'results.json'}")
     elif args.groups:
