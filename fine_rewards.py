@@ -214,7 +214,7 @@ class LabelScorer:
 
     def tokens(self, prompt, label):
         """Token numbers of the question, as far as the three answers agree, and of the next one of each answer."""
-        text = self.instruction.format(prompt=prompt, label=label)
+        text = self.instruction.replace("{label}", label).replace("{prompt}", prompt)    # it may hold other braces
         ids = self.tokenizer([f"{text} {k}" for k in (1, 2, 3)]).input_ids
         common_part = os.path.commonprefix(ids)                               # a tokenizer may put the space into a token of its own
         return common_part, [row[len(common_part)] for row in ids]
