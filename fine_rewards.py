@@ -287,7 +287,8 @@ def assemble(s, rewards):
     """What decides between candidates, the smallest first: {reward: (..., K)} -> (..., K)."""
     weights = {name: weight for name, weight in zip(REWARDS, s.weights) if weight}
     if s.choose == "sum":
-        return -sum(weight * rewards[name] / max(rewards[name].std(), 1e-9) for name, weight in weights.items())
+        # less its mean, or one that is the same for all would be so large here that nothing could be told beside it
+        return -sum(weight * (rewards[name] - rewards[name].mean()) / max(rewards[name].std(), 1e-9) for name, weight in weights.items())
     return sum(weight * ranks(rewards[name]) for name, weight in weights.items())
 
 
@@ -404,8 +405,7 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
     """A picture of a round: candidates of some prompts, the first in rank first, parts outlined, with captions, parts and scores below."""
     import sample
     pictures, texts = [], []
-    for prompt, row, values in zip(prompts[:columns], candidates, [{name: v[i] for name, v in scores.items()} for i in range(columns)]):
-        order = assemble(s, values).argsort(kind="stable")
+    for i, (prompt, row, order) in enumerate(zip(prompts[:columns], candidates, assemble(s, scores).argsort(axis=1, kind="stable"))):
         _, captions, parts = rewards(np.stack([row[k] for k in order]), [prompt] * len(order))
         for place, (k, caption, some) in enumerate(zip(order, captions, parts), 1):
             scale = max(1, 96 // row[k].shape[0])
@@ -415,7 +415,7 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
                 inside = mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
                 large[mask[1:-1, 1:-1] & ~inside] = 0
             pictures.append(large)
-            marks = " ".join(f"{name} {values[name][k]:.2f}" for name in rewards.names)
+            marks = " ".join(f"{name} {scores[name][i, k]:.2f}" for name in rewards.names)
             texts.append(". ".join(filter(None, [f"{place}", caption, ", ".join(label for label, _ in some), marks])))
     sample.picture_grid(pictures, texts, path, columns=s.candidates, titles=prompts[:columns])
 
