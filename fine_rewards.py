@@ -214,7 +214,7 @@ class LabelScorer:
 
     def tokens(self, prompt, label):
         """Token numbers of the question, as far as the three answers agree, and of the next one of each answer."""
-        text = self.instruction.format(prompt=prompt, label=label)
+        text = self.instruction.replace("{label}", label).replace("{prompt}", prompt)    # it may hold other braces
         ids = self.tokenizer([f"{text} {k}" for k in (1, 2, 3)]).input_ids
         common_part = os.path.commonprefix(ids)                               # a tokenizer may put the space into a token of its own
         return common_part, [row[len(common_part)] for row in ids]
@@ -287,7 +287,8 @@ def assemble(s, rewards):
     """What decides between candidates, the smallest first: {reward: (..., K)} -> (..., K)."""
     weights = {name: weight for name, weight in zip(REWARDS, s.weights) if weight}
     if s.choose == "sum":
-        return -sum(weight * rewards[name] / max(rewards[name].std(), 1e-9) for name, weight in weights.items())
+        # less its mean, or one that is the same for all would be so large here that nothing could be told beside it
+        return -sum(weight * (rewards[name] - rewards[name].mean()) / max(rewards[name].std(), 1e-9) for name, weight in weights.items())
     return sum(weight * ranks(rewards[name]) for name, weight in weights.items())
 
 
@@ -394,7 +395,7 @@ def tune(s, painter, pictures, prompts, folder, n, state, save_every=100):
             if interrupt.asked or step % save_every == 0:
                 with common.whole(folder / "state.pt") as unfinished:
                     torch.save({"round": n, "step": step, "tuned": tuned.state_dict(), "optimizer": optimizer.state_dict()}, unfinished)
-            if interrupt.asked and step < s.steps:
+            if interrupt.asked:
                 print(f"stopped after step {step} of round {n + 1}; to go on: the same command with --resume")
                 sys.exit(130)
     model.load_state_dict(common.merge_lora(tuned).state_dict())
@@ -404,8 +405,7 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
     """A picture of a round: candidates of some prompts, the first in rank first, parts outlined, with captions, parts and scores below."""
     import sample
     pictures, texts = [], []
-    for prompt, row, values in zip(prompts[:columns], candidates, [{name: v[i] for name, v in scores.items()} for i in range(columns)]):
-        order = assemble(s, values).argsort(kind="stable")
+    for i, (prompt, row, order) in enumerate(zip(prompts[:columns], candidates, assemble(s, scores).argsort(axis=1, kind="stable"))):
         _, captions, parts = rewards(np.stack([row[k] for k in order]), [prompt] * len(order))
         for place, (k, caption, some) in enumerate(zip(order, captions, parts), 1):
             scale = max(1, 96 // row[k].shape[0])
@@ -415,7 +415,7 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
                 inside = mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
                 large[mask[1:-1, 1:-1] & ~inside] = 0
             pictures.append(large)
-            marks = " ".join(f"{name} {values[name][k]:.2f}" for name in rewards.names)
+            marks = " ".join(f"{name} {scores[name][i, k]:.2f}" for name in rewards.names)
             texts.append(". ".join(filter(None, [f"{place}", caption, ", ".join(label for label, _ in some), marks])))
     sample.picture_grid(pictures, texts, path, columns=s.candidates, titles=prompts[:columns])
 
@@ -427,18 +427,20 @@ def run(s, painter, dataset, data, folder, options, samples=512):
     """
     import eval as grade
     import sample
+    rewards = Rewards(s, painter.settings.clip, painter.device, painter.precision)      # first: a slip in its flags should leave no folder
     state = common.open_run(folder, s, options)
     if not state:
         for old in folder.glob("round[0-9]*"):
             shutil.rmtree(old)
+        common.write_json(folder / "uvit.json", dataclasses.asdict(painter.settings))
         state = {"round": 0}
         save_state(folder, state)
-        common.write_json(folder / "uvit.json", dataclasses.asdict(painter.settings))
+    check_base(folder, s)
     if state["round"]:
-        common.load_into(painter.model, common.read_weights(folder / "model.safetensors", folder / "model.safetensors"), folder)
+        weights = folder / f"round{state['round']}.safetensors"
+        common.load_into(painter.model, common.read_weights(weights, weights), weights)
     known = "scene" in dataset.items[0][2]
-    rewards = Rewards(s, painter.settings.clip, painter.device, painter.precision)
-    metrics = common.Metrics(folder, ["round", "judged", *rewards.names], state["round"] if state["round"] or "step" in state else -1, "rewards.csv")
+    metrics = common.Metrics(folder, ["round", "judged", *rewards.names], state["round"], "rewards.csv")
 
     def look(n):                                                              # what the judge and the rewards say of held-out captions
         if known:
@@ -449,8 +451,8 @@ def run(s, painter, dataset, data, folder, options, samples=512):
             metrics.add(n, float(grade.judged(pictures, scenes, unseen)[1]["all"].mean()), *means)
             sample.plot({name: metrics.column(name) for name in ("judged", *rewards.names)}, folder / "rewards.png", "round",
                         "held-out captions: share judged right, and mean rewards")
-    if state == {"round": 0}:
-        look(0)
+    if state["round"] not in dict(metrics.column("judged")):                  # also where that look was interrupted
+        look(state["round"])
     for n in range(state["round"], s.rounds):
         places, prompts = round_prompts(s, dataset, n)
         if s.choose == "real":
@@ -470,10 +472,17 @@ def run(s, painter, dataset, data, folder, options, samples=512):
             if rewards.names:
                 draw_round(s, painter, rewards, candidates, scores, round_prompts(s, dataset, n)[1], folder / "samples" / f"round{n + 1}.png")
         tune(s, painter, pictures, prompts, folder, n, state if "step" in state else None)
-        common.save_tensors(painter.model.state_dict(), folder / "model.safetensors")
+        for name in ("model", f"round{n + 1}"):                               # the second is what goes with the state: no moment is without its own
+            common.save_tensors(painter.model.state_dict(), folder / f"{name}.safetensors")
         state = {"round": n + 1}
         save_state(folder, state)
         look(n + 1)
+
+
+def check_base(folder, s):
+    """Raises UserError if the run in a folder was begun from other weights of its base."""
+    if common.read_json(folder / "config.json")["base_identity"] != s.base_identity:
+        raise UserError(f"{folder}/ was begun from {s.base} as it was then, which is now another: --overwrite to start anew, or another --out")
 
 
 def save_state(folder, state):
@@ -538,6 +547,7 @@ def compare(s, dataset, data, folder, args):
         one, out = dataclasses.replace(s, **change), folder / name
         if (out / "done").exists():
             common.check_settings(out, one)
+            check_base(out, one)
         else:
             run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out,
                 common.Options(resume=(out / "state.pt").exists(), overwrite=True))
@@ -580,6 +590,8 @@ def main():
     if args.train:
         common.check_run(folder, options)
     base = sample.load_or_train(s.base, args.device, args.precision)
+    if not isinstance(base.encoder, common.TextEncoder):
+        raise UserError(f"--base {s.base} is a run of an adapter, which reads text in its own way: take one of uvit_fusion.py")
     data = toy.prepare(s.data, base.settings.clip, base.side, s.llm, s.captioner, s.segmenter)
     if args.compare and s.data != "shapes":
         raise UserError("--compare grades with the exact judge of the toy world: without --data")

@@ -45,9 +45,10 @@ def load_run(path, device="auto", precision="auto"):
 
 
 def load_or_train(path, device, precision):
-    """The painter of the base model in a run folder; the toy world's flagship is trained first if it is not there."""
-    if Path(path) == Path("runs/uvit_fusion") and not (Path(path) / "model.safetensors").exists():
-        print(f"there is no flagship in {path}/ yet: training it first, as python uvit_fusion.py --train does")
+    """The painter of a base model, as `load_run`; the toy world's flagship is trained first if it is not there."""
+    folder = Path(path).parent if Path(path).suffix == ".safetensors" else Path(path)
+    if folder == Path("runs/uvit_fusion") and not (folder / "model.safetensors").exists():
+        print(f"there is no flagship in {folder}/ yet: training it first, as python uvit_fusion.py --train does")
         script = Path(__file__).with_name("uvit_fusion.py")
         if code := subprocess.run([sys.executable, script, "--train", "--device", device, "--precision", precision]).returncode:
             sys.exit(code)                                                            # it has said why
