@@ -16,7 +16,7 @@ belongs into the scene. Rewards of different kinds have no common unit, so they 
 
 A round draws with the network as it is, scores, chooses and tunes; the next begins with what came out (RAFT, reward-ranked fine-tuning).
 
-    python fine_rewards.py --train                            # from the half-trained flagship: two rounds and a table
+    python fine_rewards.py --train                            # from the half-trained flagship: four rounds and a table
     python fine_rewards.py --compare                          # each reward alone, their sum, random ones, real pictures
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
@@ -26,8 +26,9 @@ Differs from the paper (its released code in brackets):
  2. The parts' labels come from a segmenter, refined by SAM with --sam [tags of Tag2Text, SAM was never run].
  3. The LLM's score of a label is expected under its next-token probabilities, each label in a fresh context [digits picked from generated text,
     list numbers among them, one conversation for all pictures].
- 4. The CLIP and the aesthetic reward are open models' [a CLIP tuned to human preference]; toy: caption, SAM and CLIP reward vote, with weight 1.
- 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 16 [4], AdamW 1e-3 [9e-6], one batch of 64 [8].
+ 4. The CLIP and the aesthetic reward are open models' [a CLIP tuned to human preference]; toy: caption, SAM and CLIP reward vote, with weights 1, 0.5 and 1.
+ 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 32 [4], AdamW 2e-3 [9e-6], batches of 64 [8], four
+    rounds [two], and of the chosen pictures the best 80 % [all].
  6. The network is tuned with captions dropped as it was trained [not known].
 """
 import argparse
@@ -72,20 +73,20 @@ class Settings:
     scorer: str = setting("runs/toy/quality.safetensors", "linear head on CLIP features, for the aesthetic reward")
     instruction: str = setting("toy", f'what the LLM is asked: {" or ".join(INSTRUCTIONS)}, or a text with {{prompt}} and {{label}} in it')
     # the rewards
-    weights: tuple = setting((1.0, 1.0, 1.0, 0.0), f"of the ranks by {', '.join(REWARDS)} (0: not computed)", low=0)
+    weights: tuple = setting((1.0, 0.5, 1.0, 0.0), f"of the ranks by {', '.join(REWARDS)} (0: not computed)", low=0)
     choose: str = setting("ranks", '"ranks": the candidate with the smallest weighted sum of ranks; "sum": the largest sum of rewards, each of '
                           'deviation 1; "random"; "real": no candidates, pictures of the data set', choices=("ranks", "sum", "random", "real"))
     candidates: int = setting(10, "K, pictures drawn for a prompt", low=1)
-    keep: float = setting(1.0, "share of the prompts, those whose chosen pictures rank best among all, that are learnt from", above=0, high=1)
+    keep: float = setting(0.8, "share of the prompts, those whose chosen pictures rank best among all, that are learnt from", above=0, high=1)
     smallest: float = setting(0.012, "parts below this share of a picture are not counted", low=0, high=1)
     # the rounds
-    rounds: int = setting(2, "R, times that candidates are drawn and learnt from", low=1)
-    prompts: int = setting(640, "a round", low=1)
+    rounds: int = setting(4, "R, times that candidates are drawn and learnt from", low=1)
+    prompts: int = setting(1000, "a round", low=1)
     sample_steps: int = setting(10, "network evaluations a candidate", low=1)
     steps: int = setting(300, "training steps a round", low=1)
     batch: int = setting(64, "pictures a step", low=1)
-    rank: int = setting(16, "of LoRA, on q, k, v and out of all attention", low=1)
-    lr: float = setting(1e-3, "highest learning rate of AdamW", above=0)
+    rank: int = setting(32, "of LoRA, on q, k, v and out of all attention", low=1)
+    lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
     warmup: int = setting(20, "steps of linear warm-up", low=0)
     decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
     weight_decay: float = setting(0.01, "of AdamW", low=0)
@@ -110,7 +111,7 @@ PRESETS = {
     "toy": {},
     "paper": dict(base="runs/coco256", captioner="Salesforce/blip2-opt-2.7b", segmenter="nvidia/segformer-b0-finetuned-ade-512-512",
                   sam="facebook/sam-vit-base", llm="lmsys/vicuna-7b-v1.5", clip_model="openai/clip-vit-large-patch14", instruction="paper",
-                  weights=(1.0, 1.0, 0.0, 0.0), sample_steps=50, prompts=10_000, steps=5000, batch=8, rank=4, lr=9e-6, warmup=0, decay=0.0,
+                  weights=(1.0, 1.0, 0.0, 0.0), keep=1.0, rounds=2, sample_steps=50, prompts=10_000, steps=5000, batch=8, rank=4, lr=9e-6, warmup=0, decay=0.0,
                   data="coco"),
 }
 
@@ -311,11 +312,13 @@ def round_prompts(s, dataset, n):
     return places, [random.Random(f"{s.seed} {n} {i}").choice(dataset.items[i][1]) for i in places]
 
 
-def draw_and_score(s, painter, rewards, prompts, folder, n, batch=32):
+def draw_and_score(s, painter, rewards, prompts, folder, n):
     """Draws K candidates of each of P prompts and scores them, into files in a folder; interrupted, it goes on there.
 
     Returns pictures uint8 (P, K, H, W, 3), {reward: (P, K)} and the seconds that the drawing took.
     """
+    # prompts at a time: of large pictures one, since a segmenter's map has each pixel as often as it knows labels
+    batch = max(1, min(32, 2**18 // (s.candidates * painter.side**2)))
     made_from = {"prompts": prompts, "network": common.fingerprint(painter.model)}
 
     def repeated(start):
