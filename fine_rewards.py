@@ -26,9 +26,10 @@ Differs from the paper (its released code in brackets):
  2. The parts' labels come from a segmenter, refined by SAM with --sam [tags of Tag2Text, SAM was never run].
  3. The LLM's score of a label is expected under its next-token probabilities, each label in a fresh context [digits picked from generated text,
     list numbers among them, one conversation for all pictures].
- 4. The CLIP and the aesthetic reward are open models' [a CLIP tuned to human preference]; toy: caption, SAM and CLIP reward vote, with weights 1, 0.5 and 1.
- 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 32 [4], AdamW 2e-3 [9e-6], batches of 64 [8], four
-    rounds [two], and of the chosen pictures the best 80 % [all].
+ 4. The CLIP and the aesthetic reward are open models' [a CLIP tuned to human preference]; toy: caption, SAM and CLIP reward vote, with weights
+    1, 0.5 and 1. None of them sees relations there: the captioner tells them, but the tiny CLIP, which compares the texts, does not.
+ 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 32 [4], AdamW 2e-3 [9e-6], batches of 64 [8], four rounds [two], and of
+    the chosen pictures the best 80 % [all].
  6. The network is tuned with captions dropped as it was trained [not known].
 """
 import argparse
@@ -111,8 +112,8 @@ PRESETS = {
     "toy": {},
     "paper": dict(base="runs/coco256", captioner="Salesforce/blip2-opt-2.7b", segmenter="nvidia/segformer-b0-finetuned-ade-512-512",
                   sam="facebook/sam-vit-base", llm="lmsys/vicuna-7b-v1.5", clip_model="openai/clip-vit-large-patch14", instruction="paper",
-                  weights=(1.0, 1.0, 0.0, 0.0), keep=1.0, rounds=2, sample_steps=50, prompts=10_000, steps=5000, batch=8, rank=4, lr=9e-6, warmup=0, decay=0.0,
-                  data="coco"),
+                  weights=(1.0, 1.0, 0.0, 0.0), keep=1.0, rounds=2, sample_steps=50, prompts=10_000, steps=5000, batch=8, rank=4, lr=9e-6,
+                  warmup=0, decay=0.0, data="coco"),
 }
 
 
