@@ -599,7 +599,7 @@ def main():
     folder, known = Path(args.out or "runs/dsd"), s.data == "shapes"
     common.check_run(folder, options)
     painter = sample.load_or_train(s.base, args.device, args.precision)
-    begin = time.time() if known else begin
+    begin = time.time() if known else begin                                   # without the flagship, which may have been trained first
     data = toy.prepare(s.data, painter.settings.clip, painter.side)
     if known:
         from toy import matching

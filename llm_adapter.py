@@ -18,7 +18,7 @@ Other languages and long prompts occur in stage 1 only. That the pictures follow
     L_1 = 1 - mean cos(y, c) + 2e-5 mean (|y| - |c|)^2         "cos-len" to CLIP's c, over the tokens that the U-ViT sees; and cross-entropy for p
     L_2 = L_3 = | U-ViT(x_t, t, y) - target |^2                the loss of `uvit_fusion.Diffusion`; a dropped caption is "", through LLM and adapter
 
-    python llm_adapter.py --train                             # all stages, on the flagship in runs/uvit_fusion: 11 min on two CPU cores
+    python llm_adapter.py --train                             # all stages, on the flagship in runs/uvit_fusion: 10 min on two CPU cores
     python llm_adapter.py --train --stages 1                  # one stage alone; the next goes on with --stages 2 --resume
     python llm_adapter.py --compare                           # the ablations, in one table
     python sample.py "tres círculos verdes" --run runs/llm_adapter
@@ -145,7 +145,7 @@ class Adapter(nn.Module):
         self.register_buffer("mean", torch.zeros(text_dim))
         self.register_buffer("std", torch.ones(text_dim))
         uvit_fusion.init_fan_in(self)
-        nn.init.zeros_(self.near.weight)                                      # like the blocks it begins as the identity
+        nn.init.zeros_(self.near.weight)                                      # it begins as the identity, as the blocks do, but for its bias
 
     def forward(self, h, mask):
         # n in steps of 16: a CPU's library of bf16 products prepares itself for each new shape, and texts of all lengths took twice as long
@@ -186,7 +186,7 @@ class AdaptedEncoder:
         with common.autocast(self.device, self.precision):
             y, present, _ = self.adapter(h, mask)
         real = (present > 0).cummin(1).values                                 # padding stands at the end
-        real[:, 0] = True
+        real[:, 0] = True                                                    # CLIP's start token is always there
         return y, torch.ones_like(real) if self.sees_padding else real
 
 
@@ -316,7 +316,7 @@ def train(n, s, model, average, llm, clip, painter, data, state=None, save_every
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), s.clip_grad)
             for optimizer in optimizers:
                 optimizer.step()
-            with torch.no_grad():
+            with torch.no_grad():                                             # the average follows closely at first
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 10)))
             progress.update()
             save = step % save_every == 0 or step == stage.steps or interrupt.asked

@@ -11,7 +11,8 @@ own states must tell what an LLM thinks of v. When drawing no LLM is needed.
     a = W_2 relu(W_1 w) + w                                    (B, L, d)
     y = x + eta fc(a)                                          (B, L, d), in the place of x; fc begins at zero, so y = x
 
-    D(p, q) = KL(softmax p || softmax q), over the d features of a token, summed over the tokens, mean over the batch
+    D(teacher, student) = T^2 KL(softmax student / T || softmax teacher / T), over the d features of a token; T: temperature
+                          summed over the tokens, mean over the batch
     L = noise_weight | network(x_t, t, y) - target |^2  +  prompt_weight D(text encoder(k), y)  +  llm_weight D(mean of LLM(v), P h)
 
 P is a linear map to the LLM's width. Prompts and the empty prompt go through the adapter alike.
@@ -21,7 +22,7 @@ P is a linear map to the LLM's width. Prompts and the empty prompt go through th
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sur_adapter.py --train --preset paper --base runs/coco --data path/to/SURD --llm path/to/vicuna-13b
 
-Differs from the paper (what its released code does in brackets; `--as-released` brings the first four back):
+Differs from the paper (what its released code does in brackets; `--as-released` brings the first five back):
  1. The noise loss reaches the adapter [it was cut off the graph, so that only the two weak terms below trained it].
  2. The encoder attends over the tokens of a prompt, padding masked [over the batch: its axes were exchanged].
  3. P maps the adapter's states to the LLM's width, is trained and saved. [A random map of the LLM's state to width d, frozen, not saved.] If the
@@ -31,8 +32,8 @@ Differs from the paper (what its released code does in brackets; `--as-released`
     "paper_w" in --compare; --residual x].
  6. toy: eta 1, weights 3, 0.2 and 0.02 [0.1; 1, 1e-5 and 1e-5]; with the noise loss mended they had to be tuned again. The distances are taken
     at temperature 4 [1].
- 7. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; norms before the layers, which begin as the identity [behind them], GELU [ReLU]; no
-    dropout [0.1, also when drawing]; Muon 0.02 on the matrices, AdamW 2e-3 on the rest [AdamW 1e-5].
+ 7. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; norms before the layers, which begin as the identity but for their biases [behind
+    them], GELU [ReLU]; no dropout [0.1, also when drawing]; Muon 0.02 on the matrices, AdamW 2e-3 on the rest [AdamW 1e-5].
  8. Captions are dropped with p = 0.1 [never], so that the empty prompt, which guides, stays what it was.
  9. Where the network does not see padding, tokens behind the end of k are aligned to its last one.
 10. The toy world's triples hold plain captions as well, each its own keyword prompt: plain prompts shall stay as they are.
@@ -77,7 +78,7 @@ class Settings:
     projection: str = setting("student", '"student": a trained map of the adapter\'s states to the LLM\'s width; "teacher": a trained map of the '
                               'LLM\'s to the adapter\'s; "frozen": the same, not trained', choices=("student", "teacher", "frozen"))
     as_released: bool = setting(False, "repeat the defects of the released code: no gradient from the noise loss, attention over the batch, "
-                                "a frozen projection, no identity at the start")
+                                "a frozen projection, no identity at the start, x in w")
     # the loss
     noise_weight: float = setting(3.0, "weight of the noise loss", low=0)
     prompt_weight: float = setting(0.2, "weight of the distance to the keyword prompt", low=0)
@@ -123,7 +124,10 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------------------------ the adapter
 class EncoderBlock(nn.Module):
-    """A pre-norm layer of the transformer encoder, h (B, L, d) -> (B, L, d), with a narrow feed-forward part; it begins as the identity."""
+    """A pre-norm layer of the transformer encoder, h (B, L, d) -> (B, L, d), with a narrow feed-forward part.
+
+    It begins as the identity but for its biases.
+    """
     def __init__(self, dim, heads, feed_forward):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
@@ -307,7 +311,7 @@ def train(s, painter, llm, dataset, folder, options):
             uvit_fusion.set_rates(optimizers, s, step)
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop).tolist()
-            t = 1 + (diffusion.T * uniform(s.pictures)**base.time_power).long().clamp(max=diffusion.T - 1)
+            t = 1 + (diffusion.T * uniform(s.pictures)**base.time_power).long().clamp(max=diffusion.T - 1)          # as the base was trained
             eps, x_0 = normal(shape), painter.to_x_0(pictures[:s.pictures], normal(shape) if painter.autoencoder else None)
             texts = [("", "") if drop else pair for drop, pair in zip(dropped, texts)]
             adapter.zero_grad()
@@ -324,7 +328,7 @@ def train(s, painter, llm, dataset, folder, options):
                 torch.nn.utils.clip_grad_norm_(adapter.parameters(), s.clip_grad)
             for optimizer in optimizers:
                 optimizer.step()
-            with torch.no_grad():
+            with torch.no_grad():                                             # the average follows closely at first
                 torch._foreach_lerp_(list(average.parameters()), list(adapter.parameters()), 1 - min(s.ema, step / (step + 10)))
             progress.update()
             save = step % options.save_every == 0 or step == s.steps or interrupt.asked
@@ -389,7 +393,7 @@ def riddles(scenes):
 
 
 def share(name, verdicts):
-    """{name: percent of the verdicts that are 1, name_ci: half of its 95 % interval}; nan are left out."""
+    """{name: mean of verdicts (or of differences of them) in percent, name_ci: half of its 95 % interval}; nan are left out."""
     import eval as grade
     return {name: 100 * float(np.nanmean(verdicts)), f"{name}_ci": 100 * float(grade.interval(verdicts))}
 

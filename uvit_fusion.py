@@ -20,7 +20,7 @@ Diffusion, in the names of the code (Ho et al. 2020); abar_t falls from 1 at t =
 
 Shapes: x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text features (B, L, text_dim); mask (B, L) bool; t (B,) in 0..T.
 
-    python uvit_fusion.py --train              # toy world, two CPU cores: 10 to 17 min, 90 % of held-out captions right in all respects
+    python uvit_fusion.py --train              # toy world, two CPU cores: 13 to 18 min, 89 % of held-out captions right in all respects
     python uvit_fusion.py --train --quick      # the same in small, a first picture within two minutes
     python uvit_fusion.py --compare            # the paper's experiment in small: four variants, one table
     python uvit_fusion.py --analyse            # the rank of text-to-image attention, block by block

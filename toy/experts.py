@@ -81,7 +81,10 @@ def muon_and_adamw(model, *layers):
 
 
 def train(model, optimizers, stream, steps, name, loss_of, **schedule):
-    """Trains a model on `steps` items of a stream, by the loss loss_of(item). Rates rise for a tenth of the steps, then fall to nothing."""
+    """Trains a model on `steps` items of a stream, by the loss loss_of(item). Rates rise for a tenth of the steps, then fall to nothing.
+
+    schedule: more for OneCycleLR, which unless cycle_momentum is False also moves the first beta of AdamW between 0.95 and 0.85.
+    """
     schedules = [torch.optim.lr_scheduler.OneCycleLR(o, o.defaults["lr"], total_steps=steps, pct_start=0.1, **schedule) for o in optimizers]
     with tqdm(itertools.islice(stream, steps), desc=name, unit="step", total=steps) as progress:
         for item in progress:

@@ -18,7 +18,7 @@ KINDS = FIELDS[:4]
 
 
 def build_matching(folder="data/shapes", size=24, train=5_120, test=512, others=256, seed=0):
-    """Writes the files annotations/match_*.jsonl of a data set, with the pictures that they need, and returns it.
+    """Writes the files annotations/match_*.jsonl of a data set, with the pictures that they need, and returns its folder; once only.
 
     match_train: `train` pictures with a right text and one in which a single field is changed, the kinds in turn; match_val: the same, `test`
     of each kind; of `others` groups: match_pictures, a text with two pictures, match_ten, a picture with ten texts, and match_winoground.
