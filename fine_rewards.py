@@ -313,13 +313,13 @@ def round_prompts(s, dataset, n):
     return places, [random.Random(f"{s.seed} {n} {i}").choice(dataset.items[i][1]) for i in places]
 
 
-def draw_and_score(s, painter, rewards, prompts, folder, n):
+def draw_and_score(s, painter, rewards, prompts, folder, n, batch=None):
     """Draws K candidates of each of P prompts and scores them, into files in a folder; interrupted, it goes on there.
 
     Returns pictures uint8 (P, K, H, W, 3), {reward: (P, K)} and the seconds that the drawing took.
     """
     # prompts at a time: of large pictures one, since a segmenter's map has each pixel as often as it knows labels
-    batch = max(1, min(32, 2**18 // (s.candidates * painter.side**2)))
+    batch = batch or max(1, min(32, 2**18 // (s.candidates * painter.side**2)))
     made_from = {"prompts": prompts, "network": common.fingerprint(painter.model)}
 
     def repeated(start):

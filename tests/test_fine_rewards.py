@@ -1,6 +1,7 @@
 """Semantic rewards and learning from the best: what each reward is, how rewards become one choice, what a round trains, and rounds cut off."""
 import csv
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -33,7 +34,6 @@ from fine_rewards import (
     Masks,
     Rewards,
     Segmenter,
-    Settings,
     as_data,
     assemble,
     choose,
@@ -45,6 +45,9 @@ from fine_rewards import (
     sam_reward,
 )
 from toy import experts, shapes
+
+# what the claims below are about: all prompts are kept, and the three rewards weigh the same
+Settings = functools.partial(fine_rewards.Settings, keep=1.0, weights=(1.0, 1.0, 1.0, 0.0))
 
 CPU = torch.device("cpu")
 PROMPTS = ["two red circles above a blue square", "a man on a horse", "a blue square", "red, circle, x2"]
@@ -443,7 +446,7 @@ def test_rewards_of_weight_zero_are_neither_loaded_nor_computed(world, painter):
 
 
 def test_the_paper_preset_has_the_values_of_the_release():
-    s = Settings(**PRESETS["paper"])
+    s = fine_rewards.Settings(**PRESETS["paper"])
     assert (s.candidates, s.rounds, s.rank, s.lr, s.weight_decay, s.clip_grad, s.batch, s.decay, s.warmup) == (10, 2, 4, 9e-6, 0.01, 1.0, 8, 0, 0)
     assert s.weights == (1.0, 1.0, 0.0, 0.0) and s.choose == "ranks" and s.keep == 1.0
 
@@ -750,8 +753,8 @@ def test_a_base_that_sees_latents_is_tuned_too(world, clip_folder, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- grading and the commands
-SMALL = ["--candidates", 2, "--prompts", 4, "--rounds", 2, "--sample-steps", 1, "--steps", 2, "--batch", 2, "--rank", 2, "--samples", 6,
-         "--device", "cpu", "--precision", "fp32"]
+SMALL = ["--keep", 1, "--weights", 1, 1, 1, 0, "--candidates", 2, "--prompts", 4, "--rounds", 2, "--sample-steps", 1, "--steps", 2, "--batch", 2,
+         "--rank", 2, "--samples", 6, "--device", "cpu", "--precision", "fp32"]
 
 
 def command(world, *flags, out="new", what="--train"):
