@@ -96,6 +96,11 @@ def interval(values):
     return 1.96 * values.std() / max(1, len(values))**0.5
 
 
+def percent(name, verdicts):
+    """{name: how many of the verdicts, 0 or 1, are 1, in %, name_ci: half of the 95 % interval}; nan are left out."""
+    return {name: 100 * float(np.nanmean(verdicts)), f"{name}_ci": 100 * float(interval(verdicts))}
+
+
 def validation_prompts(data, size, samples):
     """The first `samples` validation scenes and one caption of each, the same for every run: (scenes, captions, unseen flags)."""
     from toy.shapes import Scene

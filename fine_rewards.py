@@ -459,7 +459,8 @@ def run(s, painter, dataset, data, folder, options, samples=512):
         look(state["round"])
     for n in range(state["round"], s.rounds):
         places, prompts = round_prompts(s, dataset, n)
-        if s.choose == "real":
+        if s.choose == "real":                                                # as many as the others keep
+            places, prompts = (some[:max(1, round(s.keep * s.prompts))] for some in (places, prompts))
             pictures = torch.stack([dataset.picture(i) for i in places])
         else:
             begin, before = time.perf_counter(), dict(rewards.seconds)
@@ -522,12 +523,6 @@ def measure(painter, data, samples, steps):
     return grade.judged(pictures, scenes, unseen)[1]["all"], grade.frechet_distance(*true, *drawn), diversity(painter, clip, captions[:64])
 
 
-def percent(name, values):
-    """{name: mean in percent, name_ci: half of its 95 % interval}."""
-    import eval as grade
-    return {name: 100 * float(np.mean(values)), f"{name}_ci": 100 * float(grade.interval(values))}
-
-
 COMPARED = {                                                                  # name: what is changed
     "real_pictures": {"choose": "real", "weights": (0.0,) * 4},
     "random": {"choose": "random", "weights": (0.0,) * 4},
@@ -544,9 +539,9 @@ def compare(s, dataset, data, folder, args):
     import eval as grade
     import sample
     start, first_distance, first_diversity = measure(sample.load_run(s.base, args.device, args.precision), data, args.samples, s.sample_steps)
-    figures, right = percent("start", start) | {"distance_start": first_distance, "diversity_start": first_diversity}, {}
+    figures, right = grade.percent("start", start) | {"distance_start": first_distance, "diversity_start": first_diversity}, {}
     rows = [["all right, %", "", "+-", "gain", "+-", "distance", "diversity"],
-            ["start", *percent("", start).values(), "", "", f"{first_distance:.4f}", f"{first_diversity:.3f}"]]
+            ["start", *grade.percent("", start).values(), "", "", f"{first_distance:.4f}", f"{first_diversity:.3f}"]]
     for name, change in COMPARED.items():
         one, out = dataclasses.replace(s, **change), folder / name
         if (out / "done").exists():
@@ -557,15 +552,16 @@ def compare(s, dataset, data, folder, args):
                 common.Options(resume=(out / "state.pt").exists(), overwrite=True))
             (out / "done").touch()
         right[name], distance, varied = measure(sample.load_run(out, args.device, args.precision), data, args.samples, s.sample_steps)
-        figures |= percent(name, right[name])
-        rows.append([name, *percent("", right[name]).values(), *percent("", right[name] - start).values(), f"{distance:.4f}", f"{varied:.3f}"])
+        figures |= grade.percent(name, right[name])
+        gained = grade.percent("", right[name] - start).values()
+        rows.append([name, *grade.percent("", right[name]).values(), *gained, f"{distance:.4f}", f"{varied:.3f}"])
         grade.write_results(folder, figures)
-    figures |= percent("gain_over_random", right["rank_sum"] - right["random"])
+    figures |= grade.percent("gain_over_random", right["rank_sum"] - right["random"])
     grade.write_results(folder, figures)
     grade.print_table(rows, f"{folder}: {len(start)} held-out captions, {s.sample_steps} steps; {s.rounds} rounds of {s.prompts} prompts")
     for name, verdicts in right.items():
         if name != "rank_sum":
-            gain = percent("gain", right["rank_sum"] - verdicts)
+            gain = grade.percent("gain", right["rank_sum"] - verdicts)
             print(f"rank_sum is ahead of {name} by {gain['gain']:.1f} +- {gain['gain_ci']:.1f} points, picture by picture")
 
 
@@ -611,7 +607,7 @@ def main():
         grade.report(painter, data, args.samples, begin, __file__)
         return
     seconds, (before, *first), (after, *last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
-    figures = percent("start", before) | percent("final", after) | percent("gain", after - before)
+    figures = grade.percent("start", before) | grade.percent("final", after) | grade.percent("gain", after - before)
     figures |= dict(zip(("distance_start", "diversity_start", "distance_final", "diversity_final"), (*first, *last)))
     rows = [[f"{len(before)} held-out captions", "start", "after", "+-"], ["all right, %", figures["start"], figures["final"], figures["final_ci"]],
             *([name, f"{figures[name + '_start']:.4f}", f"{figures[name + '_final']:.4f}", ""] for name in ("distance", "diversity"))]

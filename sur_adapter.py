@@ -392,12 +392,6 @@ def riddles(scenes):
     return [tellings.narrative(scene, random.Random(i), unseen=True) for i, scene in enumerate(scenes)]
 
 
-def share(name, verdicts):
-    """{name: mean of verdicts (or of differences of them) in percent, name_ci: half of its 95 % interval}; nan are left out."""
-    import eval as grade
-    return {name: 100 * float(np.nanmean(verdicts)), f"{name}_ci": 100 * float(grade.interval(verdicts))}
-
-
 def grade_adapter(base, painter, data, samples, steps):
     """Draws held-out scenes, told as narratives and as plain captions, with the base and with the adapter, from the same noise.
 
@@ -413,10 +407,10 @@ def grade_adapter(base, painter, data, samples, steps):
             right[side + kind] = grade.judged(drawn[side + kind], scenes, unseen)[1]
     figures, rows = {}, [["right, %", "base", "with the adapter", "+-"]]
     for kind, field, name in (("plain", "all", "plain"), ("narrative", "all", "narrative"), *(("narrative", field, field) for field in FIELDS[:4])):
-        before, after = share(f"base_{name}", right[f"base_{kind}"][field]), share(name, right[kind][field])
+        before, after = grade.percent(f"base_{name}", right[f"base_{kind}"][field]), grade.percent(name, right[kind][field])
         figures |= before | after
         rows.append([f"{kind}, {field}", before[f"base_{name}"], *after.values()])
-    figures |= share("plain_loss", right["base_plain"]["all"] - right["plain"]["all"])
+    figures |= grade.percent("plain_loss", right["base_plain"]["all"] - right["plain"]["all"])
     figures["narrative_share"] = 100 * figures["narrative"] / figures["base_plain"]
     weights, own = (sum(p.numel() for p in model.parameters()) for model in (base.model, painter.encoder.adapter))
     figures["adapter_share"] = 100 * own / weights
@@ -447,7 +441,7 @@ def draw_riddles(base, painter, data):
 
 ABLATIONS = {                                                                # name: what is changed
     "as_intended": {},
-    "as_released": {"as_released": True},
+    "as_released": {"as_released": True, "eta": 0.1},                        # at eta 1 it would drop the text: y = (1 - eta) x + ...
     "paper_w": {"residual": "x"},
     "no_llm": {"llm_weight": 0.0},
     "no_prompt": {"prompt_weight": 0.0},
@@ -481,7 +475,7 @@ def compare(s, base, llm, dataset, data, folder, args):
                     term = f"{float([*csv.DictReader(file)][-1]['llm']):.4f}"
         right = {kind: grade.judged(painter.draw(prompts, steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
                  for kind, prompts in told.items()}
-        figures |= share(name, right["narrative"]) | {f"{name}_plain": share("plain", right["plain"])["plain"]}
+        figures |= grade.percent(name, right["narrative"]) | {f"{name}_plain": grade.percent("plain", right["plain"])["plain"]}
         rows.append([name, figures[name], figures[f"{name}_ci"], figures[f"{name}_plain"], term])
         grade.write_results(folder, figures)
     grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, {s.steps} steps of training, {args.sample_steps} of drawing")
