@@ -31,7 +31,8 @@ Differs from the paper (what its release does in brackets):
     in all joint blocks [Stable Diffusion's cross-attention, the last of the way down, of the middle and of the way up].
  5. Learned prompts are further caption tokens, put before the others behind the caption blocks; they are not pooled [described, not released].
  6. toy: 4 values of t in 20..400 [10, 40 or 200 in 10..990]; AdamW 4e-3, 2e-2 for the weights of heads [1e-4]; margin 0.3 [0.1 to 0.2].
- 7. Further wrong texts are taken from the other labelled pairs, those most alike in words [none]: they were written for another picture.
+ 7. Further wrong texts are taken from the other labelled pairs, those most alike in words [none]: they were written for another picture,
+    though a few fit this one as well.
  8. Errors of a network that predicts x_0 or v are turned into errors of eps. A candidate is pruned once it is behind by more than two
     standard errors of the difference [Diffusion Classifier: all but five after 25 evaluations].
  9. Moving pictures by a pixel or two, as one does to have more of them, made it worse: 89 to 92 % of other training pairs for 94.
@@ -306,6 +307,8 @@ def train(s, matcher, candidates, folder, options):
     """Tunes a matcher on labelled groups and fills the run folder. What step n does depends on the settings and on n alone."""
     import sample  # here, since it imports method files
     folder, painter, found, start, losses = Path(folder), matcher.painter, examples(candidates), 0, []
+    if (fewest := min(len(own) + len(others) for _, own, others in found)) < s.negatives:
+        raise UserError(f"--negatives {s.negatives}: a group has {fewest} wrong candidates, those of other groups among them: choose fewer")
     features, mask = painter.encoder(candidates.texts)
     tuned = matcher.tuned()
     if not tuned:
@@ -624,7 +627,7 @@ def main():
         rank_texts(matcher, group["pictures"][0], [right, *texts[:3]], s, folder / "samples" / "attention.png")
         grade.write_results(folder, figures | {"seconds": time.time() - begin, "peak_memory_mb": grade.peak_memory_mb()})
         print(f"{time.time() - begin:.0f} s beyond the flagship; figures in {folder / 'results.json'}")
-    elif args.groups:
+    if args.groups:
         grade.write_results(folder, grade_groups(grade.read_groups(args.groups), matcher, s, args.groups))
 
 
