@@ -758,9 +758,11 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            # torchrun kills the others when one has ended: they should still get to say why they end
+            if not (error and "WORLD_SIZE" in os.environ and number == signal.SIGTERM):
+                signal.signal(number, handler)
 
 
 def check_run(folder, options):
