@@ -16,7 +16,7 @@ Rivals, by the same network evaluations:
     itm         the same less that of the empty text, + |eps_theta(x_t, t, "") - eps|^2       (DiffusionITM, arXiv 2305.16397)
     hybrid      score + mean |eps_theta(x_t, t, "") - eps| - mean |eps_theta(x_t, t, text) - eps|      (the release)
 
-    python dsd.py --train                                      # on the flagship in runs/uvit_fusion: 6 min on one core, 93 % of held-out pairs
+    python dsd.py --train                                      # on the flagship in runs/uvit_fusion: 5 min on two cores, 93 % of held-out pairs
     python dsd.py picture.png "two red circles" "two red squares"      # ranks texts, and draws where each word looked
     python dsd.py --groups winoground.jsonl                    # any groups of candidates: one text right of several, one picture, or two and two
     python dsd.py --comvg comvg.csv --pictures path/to/pictures
