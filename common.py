@@ -726,6 +726,12 @@ class Options:
         check_limits(self)
 
 
+def run_files(path):
+    """(folder, weights) of what names a run: its folder, or a .safetensors file in one."""
+    path = Path(path)
+    return (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+
+
 def read_settings(settings, folder, name="config.json"):
     """The settings of a run from its config.json, or of what it stands on from another file of that kind."""
     content, names = read_json(Path(folder) / name), {field.name for field in dataclasses.fields(settings)}
@@ -780,10 +786,18 @@ def check_settings(folder, settings):
                             "give the settings of the first start, or another --out")
 
 
-def open_run(folder, settings, options):
+@torch.no_grad()
+def follow(average, model, decay):
+    """One step of the running average of a model's weights, in place: average = decay average + (1 - decay) model."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def open_run(folder, settings, options, precision=None):
     """Makes the folder of a training and writes config.json, or checks the one that is there; returns the content of state.pt, or None.
 
-    Raises UserError if a run is there that is neither to be resumed nor overwritten, if there is none to resume, or if its settings are others.
+    precision: with which it goes on, if state.pt tells the one that it was trained in.
+    Raises UserError if a run is there that is neither to be resumed nor overwritten, if there is none to resume, or if its settings or its
+    precision are others.
     """
     folder = Path(folder)
     if options.resume:
@@ -791,9 +805,12 @@ def open_run(folder, settings, options):
             raise UserError(f"--resume: {folder}/ holds no state.pt to go on from: start anew with --overwrite")
         check_settings(folder, settings)
         try:
-            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
+        if precision and state["precision"] != str(precision):
+            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
+        return state
     check_run(folder, options)
     for name in ("state.pt", "*.safetensors", "results.json", "compared.json", "metrics*.csv"):
         for old in folder.glob(name):

@@ -377,7 +377,7 @@ def tune(s, painter, pictures, prompts, folder, n, state, save_every=100):
             optimizer.param_groups[0]["lr"] = s.lr * uvit_fusion.learning_rate(s, step)
             generator.manual_seed((100 * s.seed + n) * 10**7 + step)
             dropped = (uniform(s.batch) < s.drop).tolist()
-            t = 1 + (painter.diffusion.T * uniform(s.batch)**base.time_power).long().clamp(max=painter.diffusion.T - 1)      # as the base was trained
+            t = painter.diffusion.times(uniform(s.batch), base.time_power)      # as the base was trained
             eps = normal(shape)
             x_0 = painter.to_x_0(pictures[places], normal(shape) if painter.autoencoder else None)
             text, mask = painter.encoder(["" if drop else prompts[i] for drop, i in zip(dropped, places)])
@@ -497,8 +497,7 @@ def save_state(folder, state):
 
 def load(path, device, precision):
     """The painter of a run folder, or of a .safetensors file in one."""
-    path = Path(path)
-    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    folder, weights = common.run_files(path)
     base = common.read_settings(uvit_fusion.Settings, folder, "uvit.json")
     tensors = common.read_weights(weights, f"checkpoint {weights}")
     return uvit_fusion.make_painter(base, common.TextEncoder(base.clip, device), tensors, weights, folder, precision)

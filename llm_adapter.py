@@ -267,7 +267,7 @@ def picture_losses(s, n, step, model, llm, painter, pictures, captions):
     uniform, normal = (functools.partial(draw, generator=generator, device=painter.device) for draw in (torch.rand, torch.randn))
     shape = (b, base.channels, base.size, base.size)
     dropped = (uniform(b) < s.drop).tolist()
-    t = 1 + (diffusion.T * uniform(b)**base.time_power).long().clamp(max=diffusion.T - 1)
+    t = diffusion.times(uniform(b), base.time_power)
     eps, x_0 = normal(shape), painter.to_x_0(pictures, normal(shape) if painter.autoencoder else None)
     encoder = AdaptedEncoder(llm, model["adapter"], painter.encoder.sees_padding, painter.precision)
     with torch.set_grad_enabled(n == 2):                                      # in stage 3 the adapter is frozen
@@ -317,8 +317,7 @@ def train(n, s, model, average, llm, clip, painter, data, state=None, save_every
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), s.clip_grad)
             for optimizer in optimizers:
                 optimizer.step()
-            with torch.no_grad():                                             # the average follows closely at first
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(s.ema, step / (step + 10)))
+            common.follow(average, model, min(s.ema, step / (step + 10)))     # closely at first
             progress.update()
             save = step % save_every == 0 or step == stage.steps or interrupt.asked
             if not save and step % 20:
@@ -354,8 +353,7 @@ def make(s, base, llm, folder, device, precision):
 
 def load(path, device, precision):
     """The painter of a run folder, or of a file such as stage1.safetensors in one. Raises UserError if the LLM is not the one it was made with."""
-    path = Path(path)
-    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    folder, weights = common.run_files(path)
     s, base = common.read_settings(Settings, folder), common.read_settings(uvit_fusion.Settings, folder, "uvit.json")
     llm = common.LLMEncoder(s.llm, s.llm_layer, s.instruction, device, precision)
     if llm.identity != s.llm_identity:
@@ -491,14 +489,12 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     average["uvit"].load_state_dict(flagship.model.state_dict())
     if init:
         common.load_into(average, common.read_weights(init, f"--init {init}"), init)
-    state, done = common.open_run(folder, s, options), 0
+    state, done = common.open_run(folder, s, options, precision), 0
     if common.read_settings(Settings, folder).llm_identity != s.llm_identity:
         raise UserError(f"--resume: {folder}/ was begun with another language model than {s.llm} is now: put it back, or start anew with --overwrite")
     common.write_json(folder / "uvit.json", dataclasses.asdict(base))
     if state:
         common.load_into(average, state["average"], folder / "state.pt")
-        if state["precision"] != str(precision):
-            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
         stopped = state["stage"]
         done = stopped - (not (folder / f"stage{stopped}.safetensors").exists())
         if done < stopped and stopped not in stages:

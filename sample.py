@@ -32,8 +32,7 @@ def load_run(path, device="auto", precision="auto"):
 
     device, precision: as the flags name them.
     """
-    path = Path(path)
-    folder = path.parent if path.suffix == ".safetensors" else path
+    folder, _ = common.run_files(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"there is no run in {folder}/ (no config.json): train one first, python uvit_fusion.py --train")
     config = common.read_json(folder / "config.json")
@@ -46,7 +45,7 @@ def load_run(path, device="auto", precision="auto"):
 
 def load_or_train(path, device, precision):
     """The painter of a base model, as `load_run`; the toy world's flagship is trained first if it is not there."""
-    folder = Path(path).parent if Path(path).suffix == ".safetensors" else Path(path)
+    folder, _ = common.run_files(path)
     if folder == Path("runs/uvit_fusion") and not (folder / "model.safetensors").exists():
         print(f"there is no flagship in {folder}/ yet: training it first, as python uvit_fusion.py --train does")
         script = Path(__file__).with_name("uvit_fusion.py")

@@ -284,15 +284,12 @@ def train(s, painter, llm, dataset, folder, options):
     average = copy.deepcopy(adapter).requires_grad_(False)
     adapter.project.requires_grad_(adapter.projection != "frozen")
     optimizers, start = make_optimizers(adapter, s), 0
-    state = common.open_run(folder, s, options)
+    state = common.open_run(folder, s, options, painter.precision)
     if state:
         before = common.read_settings(Settings, folder)
         if (before.base_identity, before.llm_identity) != (s.base_identity, s.llm_identity):
             raise UserError(f"--resume: {folder}/ was begun with another {s.base} or {s.llm} than is there now: put it back, or start anew with "
                             "--overwrite")
-        if state["precision"] != str(painter.precision):
-            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {painter.precision}: name it with "
-                            "--precision")
         for module, name in ((adapter, "adapter"), (average, "average")):
             common.load_into(module, state[name], folder / "state.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -311,7 +308,7 @@ def train(s, painter, llm, dataset, folder, options):
             uvit_fusion.set_rates(optimizers, s, step)
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop).tolist()
-            t = 1 + (diffusion.T * uniform(s.pictures)**base.time_power).long().clamp(max=diffusion.T - 1)          # as the base was trained
+            t = diffusion.times(uniform(s.pictures), base.time_power)          # as the base was trained
             eps, x_0 = normal(shape), painter.to_x_0(pictures[:s.pictures], normal(shape) if painter.autoencoder else None)
             texts = [("", "") if drop else pair for drop, pair in zip(dropped, texts)]
             adapter.zero_grad()
@@ -328,8 +325,7 @@ def train(s, painter, llm, dataset, folder, options):
                 torch.nn.utils.clip_grad_norm_(adapter.parameters(), s.clip_grad)
             for optimizer in optimizers:
                 optimizer.step()
-            with torch.no_grad():                                             # the average follows closely at first
-                torch._foreach_lerp_(list(average.parameters()), list(adapter.parameters()), 1 - min(s.ema, step / (step + 10)))
+            common.follow(average, adapter, min(s.ema, step / (step + 10)))   # closely at first
             progress.update()
             save = step % options.save_every == 0 or step == s.steps or interrupt.asked
             if not save and step % 20:
@@ -368,8 +364,7 @@ def adapted(painter, adapter, folder):
 
 def attach(painter, path):
     """A painter that draws with the adapter of a run folder, or of a .safetensors file in one. Raises UserError if it was made for another base."""
-    path = Path(path)
-    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    folder, weights = common.run_files(path)
     s = common.read_settings(Settings, folder)
     if s.base_identity != identity(painter):
         raise UserError(f"the adapter in {folder}/ was made for {s.base} as it was then, not for this network and text encoder: "
@@ -381,7 +376,7 @@ def attach(painter, path):
 
 def load(path, device, precision):
     """The painter of a run folder, or of a .safetensors file in one, on the base that it names."""
-    folder = Path(path).parent if Path(path).suffix == ".safetensors" else Path(path)
+    folder, _ = common.run_files(path)
     return attach(uvit_fusion.load(common.read_settings(Settings, folder).base, device, precision), path)
 
 

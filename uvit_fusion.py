@@ -331,6 +331,10 @@ class Diffusion:
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                               # abar_T stays above 0
         self.abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
+    def times(self, u, power):
+        """t = T u^power, in 1..T: u (B,), uniform in [0, 1) -> (B,)."""
+        return 1 + (self.T * u**power).long().clamp(max=self.T - 1)
+
     def scales(self, t, like):
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1)."""
         # the small tables go to the device of t: asking for t here would make a GPU wait
@@ -482,8 +486,7 @@ class Painter:
 
 def load(path, device, precision):
     """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""
-    path = Path(path)
-    folder, weights = (path.parent, path) if path.suffix == ".safetensors" else (path, path / "model.safetensors")
+    folder, weights = common.run_files(path)
     s = common.read_settings(Settings, folder)
     return make_painter(s, common.TextEncoder(s.clip, device), common.read_weights(weights, f"checkpoint {weights}"), weights, folder, precision)
 
@@ -550,12 +553,10 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
     painter = Painter(ema, encoder, s, folder, device, precision)
     with ranks.first():
         dataset = painter.data(data, "train", options.latents)
-        state = common.open_run(folder, s, options) if options.resume or not ranks.rank else None
+        state = common.open_run(folder, s, options, precision) if options.resume or not ranks.rank else None
     start, halfway = 0, math.inf                               # halfway: how far from 50 % right early.safetensors is, in points
     watch = options.watch and not ranks.rank and "scene" in dataset.items[0][2]
     if state:
-        if state["precision"] != str(precision):
-            raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
         common.load_into(model, state["model"], folder / "state.pt")
         common.load_into(ema, state["ema"], folder / "state.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -578,7 +579,7 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
             # every rank draws the noise of the whole batch and takes its share, so that their number does not change the training
             generator.manual_seed(s.seed * 10**9 + step)
             dropped = (uniform(s.batch) < s.drop)[mine].tolist()
-            t = 1 + (Diffusion.T * uniform(s.batch)**s.time_power).long().clamp(max=Diffusion.T - 1)[mine]
+            t = painter.diffusion.times(uniform(s.batch), s.time_power)[mine]
             eps = normal(shape)[mine]
             x_0 = painter.to_x_0(pictures, normal(shape)[mine] if painter.autoencoder else None)
             # a dropped caption is replaced by the empty one, which the text encoder encodes like any other
@@ -596,8 +597,7 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
             for optimizer in optimizers:
                 optimizer.step()
             decay = min(s.ema, step / (step + 10)) if s.ema_warmup else s.ema
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            common.follow(ema, model, decay)
             progress.update()
 
             # what follows is decided by the step alone, and so by all ranks alike; a Ctrl-C may reach them at different steps
