@@ -229,7 +229,7 @@ def read_pictures(paths, size):
     pictures, unread = torch.zeros(len(paths), 3, size, size, dtype=torch.uint8), []
     for picture, path in zip(pictures, paths):
         try:
-            picture.copy_(torch.from_numpy(common.load_picture(path, size).copy()).permute(2, 0, 1))
+            picture.copy_(torch.from_numpy(common.load_picture(path, size)).permute(2, 0, 1))
         except common.BROKEN:
             unread.append(str(path))
     return pictures, unread

@@ -140,7 +140,7 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------------------- attention
 def softmax_attention(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v, as one reads it. q (B, H, Q, d), k and v (B, H, K, d), bias broadcastable to (B, H, Q, K)."""
-    logits = q @ k.transpose(-2, -1) * q.shape[-1]**-0.5                      # (B, H, Q, K)
+    logits = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)                    # (B, H, Q, K), of which there are more numbers than in q
     if bias is not None:
         logits = logits + bias
     return logits.softmax(-1).to(v.dtype) @ v                                 # (B, H, Q, d)

@@ -61,8 +61,11 @@ def test_draft_mode_changes_little(coco):
         image = Image.open(path).convert("RGB")
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
-        plain = image.resize((32, 32), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
-        assert np.abs(common.load_picture(path, 32).astype(float) - np.asarray(plain)).mean() < 2
+        # the middle of what the decoder gives is the picture's own but for a pixel
+        x, y = (1 if more else 0 for more in (left, top))
+        plain = [image.resize((32, 32), Image.Resampling.LANCZOS, box=(left - x * d, top - y * d, left - x * d + side, top - y * d + side))
+                 for d in (0, 1)]
+        assert min(np.abs(common.load_picture(path, 32).astype(float) - np.asarray(some)).mean() for some in plain) < 2
 
 
 def test_a_picture_that_a_camera_turned_is_turned_back(tmp_path):
