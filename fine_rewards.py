@@ -84,6 +84,7 @@ class Settings:
     rounds: int = setting(4, "R, times that candidates are drawn and learnt from", low=1)
     prompts: int = setting(1000, "a round", low=1)
     sample_steps: int = setting(10, "network evaluations a candidate", low=1)
+    guidance: float = setting(1.5, "w that candidates are drawn with: what a strong one leaves out is not learnt again", low=0)
     steps: int = setting(300, "training steps a round", low=1)
     batch: int = setting(64, "pictures a step", low=1)
     rank: int = setting(32, "of LoRA, on q, k, v and out of all attention", low=1)
@@ -248,6 +249,8 @@ class Rewards:
         self.segmenter = Segmenter(s.segmenter, device, dtype, s.sam, s.smallest) if "sam" in self.names else None
         self.labels = LabelScorer(s.llm, s.instruction, device, dtype) if "sam" in self.names else None
         self.aesthetic = grade.Aesthetic(s.scorer, self.clip) if "aesthetic" in self.names else None
+        experts = (self.clip, self.captioner, self.segmenter, self.labels)
+        self.identities = [common.fingerprint(expert.model) for expert in experts if expert]      # scores of others are not these
 
     def __call__(self, pictures, prompts):
         """pictures uint8 (N, H, W, 3), N prompts -> {reward: (N,)}, N captions (or ""), N lists of parts (label, mask) (or [])."""
@@ -294,14 +297,19 @@ def assemble(s, rewards):
     return sum(weight * ranks(rewards[name]) for name, weight in weights.items())
 
 
+def kept(s, count):
+    """How many of `count` prompts are learnt from."""
+    return max(1, round(s.keep * count))
+
+
 def choose(s, rewards, count, n):
     """Of `count` prompts in round n, {reward: (count, K)} -> numbers of the count x keep that are learnt from, and the chosen candidate of each."""
     if s.choose == "random":
         rng = np.random.default_rng((s.seed, n))
-        return np.sort(rng.permutation(count)[:max(1, round(s.keep * count))]), rng.integers(s.candidates, size=max(1, round(s.keep * count)))
+        return np.sort(rng.permutation(count)[:kept(s, count)]), rng.integers(s.candidates, size=kept(s, count))
     best = assemble(s, rewards).argmin(1)                                     # the first of equals
     chosen = {name: values[np.arange(count), best] for name, values in rewards.items()}
-    among = np.sort(assemble(s, chosen).argsort(kind="stable")[:max(1, round(s.keep * count))])
+    among = np.sort(assemble(s, chosen).argsort(kind="stable")[:kept(s, count)])
     return among, best[among]
 
 
@@ -327,7 +335,7 @@ def draw_and_score(s, painter, rewards, prompts, folder, n, batch=None):
 
     def drawn(note):
         for start in range(note["done"], len(prompts), batch):
-            pictures = painter.draw(repeated(start), steps=s.sample_steps, seed=s.seed + 1 + n, first=start * s.candidates)
+            pictures = painter.draw(repeated(start), steps=s.sample_steps, guidance=s.guidance, seed=s.seed + 1 + n, first=start * s.candidates)
             yield pictures.reshape(-1, s.candidates, *pictures.shape[1:])
 
     def scored(note):
@@ -338,8 +346,9 @@ def draw_and_score(s, painter, rewards, prompts, folder, n, batch=None):
     candidates, _ = common.collect(folder / "candidates.npy", made_from, shape, np.uint8, drawn, f"round {n + 1}: drawing", "prompt")
     drawing, scores = time.perf_counter() - begin, np.zeros((*shape[:2], 0))
     if rewards.names:
-        scores, _ = common.collect(folder / "scores.npy", made_from | {"rewards": rewards.names}, (*shape[:2], len(rewards.names)), np.float32,
-                                   scored, f"round {n + 1}: scoring", "prompt")
+        made_from |= {"rewards": rewards.names, "experts": rewards.identities}
+        scores, _ = common.collect(folder / "scores.npy", made_from, (*shape[:2], len(rewards.names)), np.float32, scored,
+                                   f"round {n + 1}: scoring", "prompt")
     return candidates, {name: np.array(scores[..., i]) for i, name in enumerate(rewards.names)}, drawing
 
 
@@ -398,7 +407,8 @@ def tune(s, painter, pictures, prompts, folder, n, state, save_every=100):
             progress.set_postfix(loss=f"{mean:.4f}")
             if interrupt.asked or step % save_every == 0:
                 with common.whole(folder / "state.pt") as unfinished:
-                    torch.save({"round": n, "step": step, "tuned": tuned.state_dict(), "optimizer": optimizer.state_dict()}, unfinished)
+                    torch.save({"round": n, "precision": str(painter.precision), "step": step, "tuned": tuned.state_dict(),
+                                "optimizer": optimizer.state_dict()}, unfinished)
             if interrupt.asked:
                 print(f"stopped after step {step} of round {n + 1}; to go on: the same command with --resume")
                 sys.exit(130)
@@ -424,6 +434,41 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
     sample.picture_grid(pictures, texts, path, columns=s.candidates, titles=prompts[:columns])
 
 
+def best_of_round(s, painter, rewards, dataset, folder, n):
+    """What round n has to learn from: pictures as `Painter.to_x_0` takes them, (N, ...), and their prompts. Leaves a table and a picture.
+
+    Candidates and scores stay in the folder of the round; they may be deleted once the round is done.
+    """
+    import eval as grade
+    places, prompts = round_prompts(s, dataset, n)
+    if s.choose == "real":                                                    # as many as the others keep
+        places, prompts = places[:kept(s, s.prompts)], prompts[:kept(s, s.prompts)]
+        (folder / f"round{n + 1}").mkdir(exist_ok=True)
+        found = []
+        for i, prompt in zip(places, prompts):
+            try:
+                found.append((dataset.picture(i), prompt))
+            except common.BROKEN as error:
+                print(f"warning: {dataset.items[i][0]} cannot be read ({error}) and is left out")
+        if not found:
+            raise UserError(f"--data {s.data}: none of {len(places)} pictures could be read")
+        pictures, prompts = zip(*found)
+        return torch.stack(pictures), list(prompts)
+    begin, before = time.perf_counter(), dict(rewards.seconds)
+    candidates, scores, drawing = draw_and_score(s, painter, rewards, prompts, folder / f"round{n + 1}", n)
+    among, best = choose(s, scores, len(prompts), n)
+    spent = {"drawing": drawing} | {name: rewards.seconds[name] - before[name] for name in rewards.names}
+    rows = [["", "all candidates", "chosen", "pictures a second", "share of the time, %"]]
+    for name, seconds in spent.items():
+        means = (f"{scores[name].mean():.3f}", f"{scores[name][among, best].mean():.3f}") if name in scores else ("", "")
+        rows.append([name, *means, candidates.shape[0] * s.candidates / seconds if seconds > 0.1 else math.nan,
+                     100 * seconds / (time.perf_counter() - begin)])
+    grade.print_table(rows, f"round {n + 1}: {len(candidates)} prompts, {s.candidates} candidates each, {len(among)} pictures to learn from")
+    if rewards.names:
+        draw_round(s, painter, rewards, candidates, scores, prompts, folder / "samples" / f"round{n + 1}.png")
+    return as_data(painter, candidates[among, best]), [prompts[i] for i in among]
+
+
 def run(s, painter, dataset, data, folder, options, samples=512):
     """All rounds, in a run folder; the painter's network is tuned in place. On the toy world each round's end is judged, from `samples` captions.
 
@@ -432,12 +477,12 @@ def run(s, painter, dataset, data, folder, options, samples=512):
     import eval as grade
     import sample
     rewards = Rewards(s, painter.settings.clip, painter.device, painter.precision)      # first: a slip in its flags should leave no folder
-    state = common.open_run(folder, s, options)
+    state = common.open_run(folder, s, options, painter.precision)
     if not state:
         for old in folder.glob("round[0-9]*"):
             shutil.rmtree(old)
         common.write_json(folder / "uvit.json", dataclasses.asdict(painter.settings))
-        state = {"round": 0}
+        state = {"round": 0, "precision": str(painter.precision)}
         save_state(folder, state)
     check_base(folder, s)
     if state["round"]:
@@ -457,29 +502,21 @@ def run(s, painter, dataset, data, folder, options, samples=512):
                         "held-out captions: share judged right, and mean rewards")
     if state["round"] not in dict(metrics.column("judged")):                  # also where that look was interrupted
         look(state["round"])
-    for n in range(state["round"], s.rounds):
-        places, prompts = round_prompts(s, dataset, n)
-        if s.choose == "real":                                                # as many as the others keep
-            places, prompts = (some[:max(1, round(s.keep * s.prompts))] for some in (places, prompts))
-            pictures = torch.stack([dataset.picture(i) for i in places])
-        else:
-            begin, before = time.perf_counter(), dict(rewards.seconds)
-            candidates, scores, drawing = draw_and_score(s, painter, rewards, prompts, folder / f"round{n + 1}", n)
-            among, best = choose(s, scores, len(prompts), n)
-            pictures, prompts = as_data(painter, candidates[among, best]), [prompts[i] for i in among]
-            spent = {"drawing": drawing} | {name: rewards.seconds[name] - before[name] for name in rewards.names}
-            rows = [["", "all candidates", "chosen", "pictures a second", "share of the time, %"]]
-            for name, seconds in spent.items():
-                means = (f"{scores[name].mean():.3f}", f"{scores[name][among, best].mean():.3f}") if name in scores else ("", "")
-                rows.append([name, *means, candidates.shape[0] * s.candidates / seconds if seconds > 0.1 else math.nan,
-                             100 * seconds / (time.perf_counter() - begin)])
-            grade.print_table(rows, f"round {n + 1}: {len(candidates)} prompts, {s.candidates} candidates each, {len(among)} pictures to learn from")
-            if rewards.names:
-                draw_round(s, painter, rewards, candidates, scores, round_prompts(s, dataset, n)[1], folder / "samples" / f"round{n + 1}.png")
-        tune(s, painter, pictures, prompts, folder, n, state if "step" in state else None)
+    pictures, prompts = [], []                                                # of all rounds so far: variety, which one round has too little of
+    for n in range(s.rounds):
+        learnt = folder / f"round{n + 1}" / "chosen.pt"
+        if not learnt.exists():
+            best = best_of_round(s, painter, rewards, dataset, folder, n)
+            with common.whole(learnt) as unfinished:
+                torch.save(dict(zip(("pictures", "prompts"), best)), unfinished)
+        chosen = torch.load(learnt, weights_only=True)
+        pictures, prompts = [*pictures, chosen["pictures"]], [*prompts, *chosen["prompts"]]
+        if n < state["round"]:
+            continue
+        tune(s, painter, torch.cat(pictures), prompts, folder, n, state if "step" in state else None)
         for name in ("model", f"round{n + 1}"):                               # the second is what goes with the state: no moment is without its own
             common.save_tensors(painter.model.state_dict(), folder / f"{name}.safetensors")
-        state = {"round": n + 1}
+        state = {"round": n + 1, "precision": str(painter.precision)}
         save_state(folder, state)
         look(n + 1)
 
@@ -504,22 +541,62 @@ def load(path, device, precision):
 
 
 # ----------------------------------------------------------------------------------------------------------------- grading
-def diversity(painter, clip, captions, each=8):
-    """The mean distance, 1 - cos, between CLIP's features of pictures of one caption, over all pairs."""
-    pictures = painter.draw([caption for caption in captions for _ in range(each)], steps=10, seed=5)
-    x = clip.images(pictures).view(len(captions), each, -1)
-    return float((1 - (x @ x.transpose(1, 2)).sum((1, 2)) / each**2).mean() * each / (each - 1))
+def diversity(pictures, clip, each):
+    """Mean distances between pictures of one prompt, over all pairs: of pixels in [0, 1] the root mean square, and 1 - cos of CLIP's features.
+
+    pictures: uint8 (prompts x each, H, W, 3), those of a prompt side by side. The second sees wrong pictures among right ones, but hardly where
+    in a picture things stand; the first sees that.
+    """
+    pixels, features = torch.from_numpy(pictures).flatten(1).float().div(255).unflatten(0, (-1, each)), clip.images(pictures).unflatten(0, (-1, each))
+    apart = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[-1]**0.5                # (prompts, each, each)
+    return tuple(float(some.mean()) * each / (each - 1) for some in (apart, 1 - features @ features.mT))                    # 0 on the diagonal
 
 
-def measure(painter, data, samples, steps):
-    """(verdicts of the judge (N,), tiny-CLIP distance to real pictures, diversity) of held-out captions, picture i from noise i."""
+def measure(painter, data, samples, steps, few=64, each=8):
+    """Held-out captions, picture i from noise i: verdicts of the judge (N,), and {tiny-CLIP "distance" to real pictures, "diversity",
+    "clip_diversity"}, the latter of `each` pictures of the first `few` captions."""
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, painter.settings.size, samples)
     pictures = painter.draw(captions, steps=steps, progress=True)
     clip, dataset = grade.ClipScorer(painter.settings.clip, painter.device), common.CaptionedImages(data, "val", painter.side)
     real = torch.stack([dataset.picture(i) for i in range(len(scenes))]).permute(0, 2, 3, 1)
     drawn, true = (grade.statistics(clip.images(some).cpu().numpy()) for some in (pictures, real))
-    return grade.judged(pictures, scenes, unseen)[1]["all"], grade.frechet_distance(*true, *drawn), diversity(painter, clip, captions[:64])
+    varied = diversity(painter.draw([caption for caption in captions[:few] for _ in range(each)], steps=steps, seed=5), clip, each)
+    return grade.judged(pictures, scenes, unseen)[1]["all"], {
+        "distance": grade.frechet_distance(*true, *drawn), "diversity": varied[0], "clip_diversity": varied[1]}
+
+
+def real_diversity(clip_path, data, side, few=64, each=8):
+    """The same diversities of rendered pictures of the same captions."""
+    import eval as grade
+    from toy import shapes
+    scenes, rng = grade.validation_prompts(data, side, few)[0], random.Random(5)
+    pictures = np.stack([shapes.render(shapes.layout(scene, rng), side, rng) for scene in scenes for _ in range(each)])
+    return dict(zip(("diversity", "clip_diversity"), diversity(pictures, grade.ClipScorer(clip_path), each)))
+
+
+def analyse(s, painter, data, samples):
+    """How often each reward, and the choice by all of them, sets the right caption of a real picture above one with a single field changed, %.
+
+    Equals count a half, so that 50 is chance. Prints a table and returns its figures.
+    """
+    import eval as grade
+    from toy import shapes
+    rewards, rng = Rewards(s, painter.settings.clip, painter.device, painter.precision), random.Random(0)
+    dataset, (scenes, captions, _) = common.CaptionedImages(data, "val", painter.side), grade.validation_prompts(data, painter.settings.size, samples)
+    rows, figures = [["right above wrong, %", *rewards.names, "all"]], {}
+    for field in ("count", "colour", "shape", "relation"):
+        places = [i for i, scene in enumerate(scenes) if scene.relation or field != "relation"]
+        pictures = torch.stack([dataset.picture(i) for i in places]).permute(0, 2, 3, 1).numpy()
+        wrong = [shapes.sentence(shapes.change_field(scenes[i], field, rng), rng) for i in places]
+        both = [rewards(pictures, told)[0] for told in ([captions[i] for i in places], wrong)]
+        values = {name: np.stack([some[name] for some in both], axis=1) for name in rewards.names}                              # (N, 2)
+        ahead = {name: some[:, 0] - some[:, 1] for name, some in values.items()} | {"all": np.subtract(*assemble(s, values).T[::-1])}
+        found = {f"{field}_{name}": 50 * float(1 + np.sign(some).mean()) for name, some in ahead.items()}
+        rows.append([field, *found.values()])
+        figures |= found
+    grade.print_table(rows, f"{len(scenes)} rendered held-out pictures, each with its caption and with one that is wrong in one field")
+    return figures
 
 
 COMPARED = {                                                                  # name: what is changed
@@ -534,34 +611,30 @@ COMPARED = {                                                                  # 
 
 
 def compare(s, dataset, data, folder, args):
-    """Runs each way to choose with the same budget, judges it on the same captions and noise, and prints one table. Finished ones are kept."""
+    """Runs each way to choose with the same budget, judges it on the same captions and noise, and prints one table.
+
+    A run that is finished is kept, and one that was interrupted goes on, so the command can be given again.
+    """
     import eval as grade
     import sample
-    start, first_distance, first_diversity = measure(sample.load_run(s.base, args.device, args.precision), data, args.samples, s.sample_steps)
-    figures, right = grade.percent("start", start) | {"distance_start": first_distance, "diversity_start": first_diversity}, {}
-    rows = [["all right, %", "", "+-", "gain", "+-", "distance", "diversity"],
-            ["start", *grade.percent("", start).values(), "", "", f"{first_distance:.4f}", f"{first_diversity:.3f}"]]
-    for name, change in COMPARED.items():
-        one, out = dataclasses.replace(s, **change), folder / name
-        if (out / "done").exists():
-            common.check_settings(out, one)
-            check_base(out, one)
-        else:
-            run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out,
-                common.Options(resume=(out / "state.pt").exists(), overwrite=True))
-            (out / "done").touch()
-        right[name], distance, varied = measure(sample.load_run(out, args.device, args.precision), data, args.samples, s.sample_steps)
-        figures |= grade.percent(name, right[name])
-        gained = grade.percent("", right[name] - start).values()
-        rows.append([name, *grade.percent("", right[name]).values(), *gained, f"{distance:.4f}", f"{varied:.3f}"])
+    rows, figures, right = [["all right, %", "", "+-", "gain", "+-", "distance", "diversity", "CLIP's"]], {}, {}
+    for name, change in {"start": None, **COMPARED}.items():
+        one, out = dataclasses.replace(s, **change or {}), folder / name
+        if change is not None:
+            begun = (out / "state.pt").exists() and not args.overwrite
+            run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out, common.Options(resume=begun, overwrite=True))
+        painter = sample.load_run(s.base if change is None else out, args.device, args.precision)
+        right[name], seen = measure(painter, data, args.samples, s.sample_steps)
+        figures |= grade.percent(name, right[name]) | {f"{name}_{what}": value for what, value in seen.items()}
+        gained = grade.percent("", right[name] - right["start"]).values() if change is not None else ("", "")
+        rows.append([name, *grade.percent("", right[name]).values(), *gained, *(f"{value:.4f}" for value in seen.values())])
         grade.write_results(folder, figures)
-    figures |= grade.percent("gain_over_random", right["rank_sum"] - right["random"])
+    ahead = {name: grade.percent("gain", right["rank_sum"] - verdicts) for name, verdicts in right.items() if name != "rank_sum"}
+    figures |= {f"gain_over_random{end}": ahead["random"][f"gain{end}"] for end in ("", "_ci")}
     grade.write_results(folder, figures)
-    grade.print_table(rows, f"{folder}: {len(start)} held-out captions, {s.sample_steps} steps; {s.rounds} rounds of {s.prompts} prompts")
-    for name, verdicts in right.items():
-        if name != "rank_sum":
-            gain = grade.percent("gain", right["rank_sum"] - verdicts)
-            print(f"rank_sum is ahead of {name} by {gain['gain']:.1f} +- {gain['gain_ci']:.1f} points, picture by picture")
+    grade.print_table(rows, f"{folder}: {args.samples} held-out captions, {s.sample_steps} steps; {s.rounds} rounds of {s.prompts} prompts")
+    for name, gain in ahead.items():
+        print(f"rank_sum is ahead of {name} by {gain['gain']:.1f} +- {gain['gain_ci']:.1f} points, picture by picture")
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -570,6 +643,7 @@ def main():
     action = parser.add_argument_group("what to do")
     action.add_argument("--train", action="store_true", help="all rounds; on the toy world, what was gained, as a table")
     action.add_argument("--compare", action="store_true", help="the same with each reward alone, and with none (long)")
+    action.add_argument("--analyse", action="store_true", help="how often each reward sets a right caption above a wrong one")
     parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
     parser.add_argument("--out", help="run folder (default runs/fine_rewards; --compare: runs/rewards_compare)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, in the round and step where it stopped")
@@ -578,26 +652,29 @@ def main():
     common.add_machine_flags(parser)
     common.add_setting_flags(parser.add_argument_group("settings"), Settings)
     args = parser.parse_args()
-    if not (args.train or args.compare):
+    if not (args.train or args.compare or args.analyse):
         parser.print_help()
         return
     import eval as grade
     import sample
     import toy
     s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite)
-    folder = Path(args.out or ("runs/rewards_compare" if args.compare else "runs/fine_rewards"))
+    folder = Path(args.out or ("runs/fine_rewards" if args.train else "runs/rewards_compare" if args.compare else "runs/rewards_analyse"))
     if args.train:
         common.check_run(folder, options)
     base = sample.load_or_train(s.base, args.device, args.precision)
     if not isinstance(base.encoder, common.TextEncoder):
         raise UserError(f"--base {s.base} is a run of an adapter, which reads text in its own way: take one of uvit_fusion.py")
     data = toy.prepare(s.data, base.settings.clip, base.side, s.llm, s.captioner, s.segmenter)
-    if args.compare and s.data != "shapes":
-        raise UserError("--compare grades with the exact judge of the toy world: without --data")
+    if not args.train and s.data != "shapes":
+        raise UserError("--compare and --analyse grade with the exact judge of the toy world: without --data")
     s, begin = dataclasses.replace(s, base_identity=common.fingerprint(base.model)), time.time()
     dataset = base.data(data, "train")
     if args.compare:
         compare(s, dataset, data, folder, args)
+        return
+    if args.analyse:
+        grade.write_results(folder, analyse(s, base, data, args.samples))
         return
     painter = copy.copy(base)
     painter.model, painter.folder = copy.deepcopy(base.model), folder
@@ -605,13 +682,17 @@ def main():
     if s.data != "shapes":
         grade.report(painter, data, args.samples, begin, __file__)
         return
-    seconds, (before, *first), (after, *last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
+    seconds, (before, first), (after, last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
+    real = real_diversity(base.settings.clip, data, base.side)
     figures = grade.percent("start", before) | grade.percent("final", after) | grade.percent("gain", after - before)
-    figures |= dict(zip(("distance_start", "diversity_start", "distance_final", "diversity_final"), (*first, *last)))
-    rows = [[f"{len(before)} held-out captions", "start", "after", "+-"], ["all right, %", figures["start"], figures["final"], figures["final_ci"]],
-            *([name, f"{figures[name + '_start']:.4f}", f"{figures[name + '_final']:.4f}", ""] for name in ("distance", "diversity"))]
-    grade.print_table(rows, f"{folder}: {s.rounds} rounds, {s.sample_steps} sampling steps; tiny-CLIP distance to real pictures, and between those "
-                            "of one caption")
+    rows = [[f"{len(before)} held-out captions", "start", "after", "+-", "real"],
+            ["all right, %", figures["start"], figures["final"], figures["final_ci"], ""]]
+    for name, label in (("distance", "tiny-CLIP distance to real pictures"), ("diversity", "between pictures of one caption: of pixels"),
+                        ("clip_diversity", "of tiny-CLIP features")):
+        seen = {"start": first, "final": last, "real": real}
+        figures |= {f"{name}_{when}": some[name] for when, some in seen.items() if name in some}
+        rows.append([label, f"{first[name]:.4f}", f"{last[name]:.4f}", "", f"{real[name]:.4f}" if name in real else ""])
+    grade.print_table(rows, f"{folder}: {s.rounds} rounds, {s.sample_steps} sampling steps")
     print(f"gained, picture by picture: {figures['gain']:.1f} +- {figures['gain_ci']:.1f} points; {seconds:.0f} s for the rounds, "
           f"{time.time() - begin:.0f} s in all; figures in {folder / 'results.json'}")
     grade.write_results(folder, figures | {"seconds": time.time() - begin})

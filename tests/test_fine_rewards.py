@@ -461,7 +461,7 @@ def test_each_candidate_is_drawn_from_its_own_noise_and_scored_against_its_own_p
     assert candidates.shape == (5, 3, 24, 24, 3) and candidates.dtype == np.uint8 and all(values.shape == (5, 3) for values in scores.values())
     for i, prompt in enumerate(prompts):
         for k in range(3):
-            picture = painter.draw([prompt], steps=2, seed=s.seed + 1, first=3 * i + k)
+            picture = painter.draw([prompt], steps=2, guidance=1.5, seed=s.seed + 1, first=3 * i + k)
             assert np.abs(picture[0].astype(int) - candidates[i, k]).max() <= 1
             alone = rewards(candidates[i, k][None], [prompt])[0]
             assert all(math.isclose(scores[name][i, k], alone[name][0], abs_tol=1e-4) for name in ("caption", "sam", "clip")), (i, k)
@@ -479,6 +479,18 @@ def test_candidates_of_another_network_or_other_prompts_are_drawn_anew(world, pa
     before = np.array(draw_and_score(s, painter, rewards, PROMPTS[:2], tmp_path, 0)[0])
     other = draw_and_score(s, painter, rewards, PROMPTS[1::-1], tmp_path, 0)[0]
     assert not np.array_equal(before, other) and "other prompts" in capsys.readouterr().out
+
+
+def test_scores_of_other_experts_are_computed_anew(world, painter, tmp_path, capsys):
+    s, scores = settings(world, weights=(0.0, 1.0, 0.0, 0.0)), []
+    new_segmenter(tmp_path / "segmenter", ("background", "a horse", "blue square", "red circle"))
+    for path in (s.segmenter, s.segmenter, tmp_path / "segmenter"):
+        rewards = rewards_of(world, painter, weights=s.weights, segmenter=str(path))
+        rewards.segmenter.model.decode_head.classifier.bias.data += torch.arange(4.0) * (path != s.segmenter)
+        rewards.identities = [common.fingerprint(rewards.segmenter.model)]
+        scores.append(draw_and_score(s, painter, rewards, PROMPTS, tmp_path / "round1", 0)[1]["sam"])
+        assert ("another experts" in capsys.readouterr().out) == (path != s.segmenter)
+    assert np.array_equal(*scores[:2]) and not np.array_equal(*scores[1:])
 
 
 def test_no_picture_gives_two_prompts_before_all_have_given_one(world, dataset):
@@ -573,10 +585,11 @@ def whole(world):
 
 def test_a_run_leaves_what_is_needed_to_draw_to_go_on_and_to_look_at_it(whole, painter):
     for name in ("config.json", "uvit.json", "state.pt", "rewards.csv", "rewards.png", "round1.safetensors", "round1/candidates.npy",
-                 "round1/candidates.json", "round1/scores.npy", "round2/candidates.npy", "samples/round1.png", "samples/round2.png", "metrics1.csv"):
+                 "round1/candidates.json", "round1/scores.npy", "round1/chosen.pt", "round2/candidates.npy",
+                 "samples/round1.png", "samples/round2.png", "metrics1.csv"):
         assert (whole.folder / name).stat().st_size > 0, name
     assert not list(whole.folder.rglob("*.unfinished"))
-    assert torch.load(whole.folder / "state.pt", weights_only=True) == {"round": 2}
+    assert torch.load(whole.folder / "state.pt", weights_only=True) == {"round": 2, "precision": "torch.float32"}
     assert (whole.folder / "round2.safetensors").read_bytes() == whole.model
     assert np.load(whole.folder / "round1" / "candidates.npy").shape == (5, 3, 24, 24, 3)
     assert np.load(whole.folder / "round1" / "scores.npy").shape == (5, 3, 3)
@@ -648,7 +661,7 @@ def test_a_run_that_was_interrupted_goes_on_and_ends_as_one_that_was_not(world, 
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(world, whole, monkeypatch):
-    for name in ("tune", "draw_and_score"):
+    for name in ("tune", "best_of_round"):
         monkeypatch.setattr(fine_rewards, name, None)
     painter = rounds(world, whole.folder, resume=True)
     assert (whole.folder / "model.safetensors").read_bytes() == whole.model and (whole.folder / "rewards.csv").read_text() == whole.rewards
@@ -658,7 +671,7 @@ def test_a_finished_run_has_nothing_to_go_on_with(world, whole, monkeypatch):
 def test_a_new_run_over_an_old_one_keeps_nothing_of_it(world, whole, tmp_path):
     shutil.copytree(whole.folder, tmp_path / "run")
     rounds(world, tmp_path / "run", overwrite=True, rounds=1, choose="real", weights=(0.0,) * 4)
-    assert not list(tmp_path.glob("run/round?")) and not (tmp_path / "run" / "round2.safetensors").exists()
+    assert [file.name for file in tmp_path.glob("run/round?/*")] == ["chosen.pt"] and not (tmp_path / "run" / "round2.safetensors").exists()
     assert (tmp_path / "run" / "rewards.csv").read_text().splitlines()[0] == "round,judged"
 
 
@@ -669,6 +682,31 @@ def test_a_run_does_not_go_on_from_another_base_or_with_other_settings(world, wh
         rounds(world, whole.folder, resume=True, painter=other)
     with pytest.raises(UserError, match="candidates = 3, now it is 4"):
         rounds(world, whole.folder, resume=True, candidates=4)
+    with pytest.raises(UserError, match="trained in torch.float32, now it would be in torch.bfloat16"):
+        rounds(world, whole.folder, resume=True, painter=sample.load_run(world / "base", "cpu", "bf16"))
+
+
+def test_a_round_learns_from_what_was_chosen_in_all_rounds_so_far(world, whole, monkeypatch, tmp_path):
+    learnt, rights = [], []
+    monkeypatch.setattr(fine_rewards, "tune", lambda s, painter, pictures, prompts, *more, plain=fine_rewards.tune:
+                        learnt.append((pictures, prompts)) or plain(s, painter, pictures, prompts, *more))
+    rounds(world, tmp_path / "run")
+    for n in (1, 2):
+        chosen = torch.load(tmp_path / "run" / f"round{n}" / "chosen.pt", weights_only=True)
+        rights.append((chosen["pictures"], chosen["prompts"]))
+    assert torch.equal(learnt[0][0], rights[0][0]) and learnt[0][1] == rights[0][1]
+    assert torch.equal(learnt[1][0], torch.cat([rights[0][0], rights[1][0]])) and learnt[1][1] == rights[0][1] + rights[1][1]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole.model
+
+
+def test_candidates_are_needed_no_more_once_the_best_are_chosen(world, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    for file in (*tmp_path.glob("run/round?/candidates.*"), *tmp_path.glob("run/round?/scores.*"), tmp_path / "run" / "round2.safetensors"):
+        file.unlink()
+    torch.save({"round": 1, "precision": "torch.float32"}, tmp_path / "run" / "state.pt")
+    monkeypatch.setattr(fine_rewards, "best_of_round", None)
+    rounds(world, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole.model
 
 
 @pytest.mark.parametrize("change", [
@@ -692,12 +730,31 @@ def test_real_and_random_need_no_rewards(world, dataset, tmp_path, monkeypatch, 
     nowhere = dict.fromkeys(("captioner", "segmenter", "llm", "scorer"), "/nowhere")
     rounds(world, tmp_path / "run", rounds=1, choose=how, weights=(0.0,) * 4, **nowhere)
     (pictures, prompts), (places, expected) = learnt[0], round_prompts(settings(world), dataset, 0)
-    assert prompts == expected and (tmp_path / "run" / "round1").exists() == (how == "random")
+    assert prompts == expected and (tmp_path / "run" / "round1" / "candidates.npy").exists() == (how == "random")
     if how == "real":
         assert torch.equal(pictures, torch.stack([dataset.picture(i) for i in places]))
     else:
         candidates = np.load(tmp_path / "run" / "round1" / "candidates.npy")
         assert all((candidates[i] == picture.permute(1, 2, 0).numpy()).all((1, 2, 3)).any() for i, picture in enumerate(pictures))
+
+
+def test_a_photograph_that_cannot_be_read_is_left_out_of_the_real_ones(world, dataset, tmp_path, monkeypatch, capsys):
+    broken, plain, learnt = [], common.CaptionedImages.picture, []
+
+    def picture(self, i):
+        if len(broken) < 2 or i in broken:
+            broken.append(i)
+            raise OSError("image file is truncated")
+        return plain(self, i)
+    monkeypatch.setattr(common.CaptionedImages, "picture", picture)
+    monkeypatch.setattr(fine_rewards, "tune", lambda s, painter, pictures, prompts, *_: learnt.append((pictures, prompts)))
+    rounds(world, tmp_path / "run", rounds=1, choose="real", weights=(0.0,) * 4)
+    places, prompts = round_prompts(settings(world), dataset, 0)
+    assert broken == places[:2] and learnt[0][1] == prompts[2:] and len(learnt[0][0]) == 3
+    assert capsys.readouterr().out.count("cannot be read (image file is truncated) and is left out") == 2
+    monkeypatch.setattr(common.CaptionedImages, "picture", lambda *_: (_ for _ in ()).throw(OSError("truncated")))
+    with pytest.raises(UserError, match="none of 5 pictures could be read"):
+        rounds(world, tmp_path / "none", rounds=1, choose="real", weights=(0.0,) * 4)
 
 
 def test_what_is_learnt_is_the_best_of_each_prompt_under_that_prompt(world, whole, tmp_path, monkeypatch):
@@ -763,21 +820,30 @@ def command(world, *flags, out="new", what="--train"):
 
 
 def test_diversity_is_the_mean_distance_between_pictures_of_a_caption(painter):
-    clip = grade.ClipScorer(painter.settings.clip)
-    drawn = painter.draw([caption for caption in PROMPTS[:2] for _ in range(3)], steps=10, seed=5)
-    x = clip.images(drawn).view(2, 3, -1)
-    pairs = [1 - F.cosine_similarity(x[c, i], x[c, j], dim=0) for c in range(2) for i in range(3) for j in range(3) if i != j]
-    assert math.isclose(diversity(painter, clip, PROMPTS[:2], each=3), np.mean(pairs), rel_tol=1e-3)
-    same = SimpleNamespace(draw=lambda captions, **_: np.repeat(some_pictures(1), len(captions), 0))
-    assert abs(diversity(same, clip, PROMPTS[:2])) < 1e-5
+    clip, drawn = grade.ClipScorer(painter.settings.clip), some_pictures(6)
+    x, pixels = clip.images(drawn).view(2, 3, -1), drawn.reshape(2, 3, -1) / 255
+    pairs = [(c, i, j) for c in range(2) for i in range(3) for j in range(3) if i != j]
+    of_pixels, of_features = diversity(drawn, clip, each=3)
+    assert math.isclose(of_pixels, np.mean([np.square(pixels[c, i] - pixels[c, j]).mean()**0.5 for c, i, j in pairs]), rel_tol=1e-3)
+    assert math.isclose(of_features, np.mean([1 - F.cosine_similarity(x[c, i], x[c, j], dim=0) for c, i, j in pairs]), rel_tol=1e-3)
+    assert max(diversity(np.repeat(some_pictures(2), 3, 0), clip, 3)) < 1e-5
+
+
+def test_real_pictures_of_one_caption_are_all_right_and_all_different(world, painter, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fine_rewards, "diversity", lambda pictures, clip, each: seen.append(pictures) or (0.5, 0.25))
+    found = fine_rewards.real_diversity(painter.settings.clip, world / "data" / "shapes", 24, few=4, each=3)
+    scenes = grade.validation_prompts(world / "data" / "shapes", 24, 4)[0]
+    assert found == {"diversity": 0.5, "clip_diversity": 0.25} and len(np.unique(seen[0].reshape(12, -1), axis=0)) == 12
+    assert grade.judged(seen[0], [scene for scene in scenes for _ in range(3)], [False, True] * 6)[1]["all"].all()
 
 
 def test_a_run_on_the_toy_world_ends_with_its_figures(world):
     status, out, errors = command(world, out="graded")
     assert status == 0, errors
     figures = json.loads((world / "graded" / "results.json").read_text())
-    expected = {"start", "start_ci", "final", "final_ci", "gain", "gain_ci", "distance_start", "distance_final", "diversity_start", "diversity_final",
-                "seconds", "commit", "machine", "command"}
+    expected = {"start", "start_ci", "final", "final_ci", "gain", "gain_ci", "distance_start", "distance_final", "seconds", "commit", "machine",
+                "command", *(f"{clip}diversity_{when}" for clip in ("", "clip_") for when in ("start", "final", "real"))}
     assert expected == set(figures) and abs(figures["gain"] - (figures["final"] - figures["start"])) < 0.01
     for words in ("pictures a second", "share of the time, %", "caption", "chosen", "gained, picture by picture"):
         assert words in out, words
@@ -801,6 +867,28 @@ def test_all_ways_to_choose_are_compared_in_one_table_and_finished_ones_are_kept
     status, again, errors = command(world, *few, what="--compare", out="compared")
     assert status == 0 and again.split("all right, %")[-1] == out.split("all right, %")[-1], errors
     refused(command(world, *few, "--seed", 1, what="--compare", out="compared"), "was made with seed = 0, now it is 1")
+    monkeypatch.undo()
+    status, other, errors = command(world, *few, "--seed", 1, "--overwrite", what="--compare", out="compared")
+    assert status == 0 and json.loads((world / "compared" / "sum" / "config.json").read_text())["seed"] == 1, errors
+
+
+def test_a_reward_that_always_prefers_the_right_caption_is_said_to(world, painter, monkeypatch, capsys):
+    told = set(grade.validation_prompts(world / "data" / "shapes", 24, 8)[1])
+
+    def scores(self, pictures, prompts):
+        right = np.array([float(prompt in told) for prompt in prompts])
+        return {"caption": right, "sam": 0 * right, "clip": -right}, [], []
+    monkeypatch.setattr(Rewards, "__call__", scores)
+    figures = fine_rewards.analyse(settings(world, weights=(1.0, 1.0, 0.5, 0.0)), painter, world / "data" / "shapes", 8)
+    for field in ("count", "colour", "shape", "relation"):
+        assert [figures[f"{field}_{name}"] for name in ("caption", "sam", "clip", "all")] == [100, 50, 0, 100]
+    assert "right above wrong" in capsys.readouterr().out
+
+
+def test_analysing_leaves_its_figures(world):
+    status, out, errors = command(world, what="--analyse", out="analysed")
+    figures = json.loads((world / "analysed" / "results.json").read_text())
+    assert status == 0 and all(0 <= figures[f"{field}_clip"] <= 100 for field in ("count", "colour", "shape", "relation")), errors
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -837,4 +925,4 @@ def test_without_a_flagship_it_is_trained_first(tmp_path, monkeypatch):
 
 def test_without_a_flag_comes_the_help(world):
     status, out, _ = run("fine_rewards.py", cwd=world)
-    assert status == 0 and "--train" in out and "--compare" in out
+    assert status == 0 and all(flag in out for flag in ("--train", "--compare", "--analyse"))
