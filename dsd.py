@@ -372,19 +372,12 @@ def load_tuned(matcher, tensors, path):
     common.load_into(matcher, {name: tensor for name, tensor in matcher.state_dict().items() if name not in tuned} | tensors, path)
 
 
-def identity(painter):
-    """Of a base, network and text encoder, down to their weights. Raises UserError for a base of another method."""
-    if not isinstance(painter.encoder, common.TextEncoder):
-        raise UserError(f"{painter.folder}/ has another text encoder than CLIP's: name a run of uvit_fusion.py with --base")
-    return common.fingerprint(nn.ModuleList([painter.model, painter.encoder.model]))
-
-
 def load(folder, device="auto", precision="auto", zero_shot=False):
     """The matcher of a run folder, on the base that it names; device, precision: as the flags name them. Raises UserError for a base that changed."""
     import sample
     s = common.read_settings(Settings, folder)
     painter = sample.load_run(s.base, device, precision)
-    if s.base_identity != identity(painter):
+    if s.base_identity != painter.identity():
         raise UserError(f"{folder}/ was tuned for {s.base} as it was then, not for this network and text encoder: tune it anew with --train")
     matcher = Matcher(untuned(s) if zero_shot else s, painter)
     if not zero_shot:
@@ -607,7 +600,7 @@ def main():
     if known:
         from toy import matching
         matching.build_matching(data, painter.side)
-    s = dataclasses.replace(s, base_identity=identity(painter))
+    s = dataclasses.replace(s, base_identity=painter.identity())
     groups = [group for group in grade.read_groups(Path(data) / "annotations" / "match_train.jsonl" if known else data) if "right" in group]
     groups = groups[:max(1, round(s.shots * len(groups))) if s.shots < 1 else int(s.shots)]
     if not groups:

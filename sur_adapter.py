@@ -348,13 +348,6 @@ def train(s, painter, llm, dataset, folder, options):
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
-def identity(painter):
-    """Of a base, network and text encoder, down to their weights. Raises UserError for a base of another method."""
-    if not isinstance(painter.encoder, common.TextEncoder):
-        raise UserError(f"{painter.folder}/ is a run of another adapter: this one needs the text encoder itself, a run of uvit_fusion.py")
-    return common.fingerprint(nn.ModuleList([painter.model, painter.encoder.model]))
-
-
 def adapted(painter, adapter, folder):
     """The painter of a base with an adapter behind its text encoder."""
     painter = copy.copy(painter)
@@ -366,7 +359,7 @@ def attach(painter, path):
     """A painter that draws with the adapter of a run folder, or of a .safetensors file in one. Raises UserError if it was made for another base."""
     folder, weights = common.run_files(path)
     s = common.read_settings(Settings, folder)
-    if s.base_identity != identity(painter):
+    if s.base_identity != painter.identity():
         raise UserError(f"the adapter in {folder}/ was made for {s.base} as it was then, not for this network and text encoder: "
                         "name the base that it was made for with --run, or train it anew")
     adapter = Adapter(s, painter.encoder.dim, s.llm_dim).to(painter.device).eval().requires_grad_(False)
@@ -511,7 +504,7 @@ def main():
     begin = time.time()
     dataset = triples(base, Path(data) / "train2017" if known else data, "train")
     llm = common.LLMEncoder(s.llm, s.llm_layer, "", base.device, base.precision)
-    s = dataclasses.replace(s, base_identity=identity(base), llm_identity=llm.identity, llm_dim=llm.dim)
+    s = dataclasses.replace(s, base_identity=base.identity(), llm_identity=llm.identity, llm_dim=llm.dim)
     if args.features:
         llm = common.CachedLLM(llm, ["", *(text for _, pairs, _ in dataset.items for text, _ in pairs)], args.features)
     if args.compare:

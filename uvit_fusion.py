@@ -483,6 +483,12 @@ class Painter:
             return common.CaptionedImages(folder, split, self.settings.size)
         return Latents(folder, split, self.side, self.autoencoder, self.settings.autoencoder, latents, self.device)
 
+    def identity(self):
+        """Names the network and its text encoder, down to their weights. Raises UserError for a run of an adapter, which has no such encoder."""
+        if not isinstance(self.encoder, common.TextEncoder):
+            raise UserError(f"{self.folder}/ is a run of an adapter, which reads text in its own way: name a run of uvit_fusion.py")
+        return common.fingerprint(nn.ModuleList([self.model, self.encoder.model]))
+
 
 def load(path, device, precision):
     """The painter of a run folder (its model.safetensors), or of a .safetensors file in one."""

@@ -365,7 +365,7 @@ def test_another_base_is_refused(world, clip_folder, tmp_path):
                             "--out", tmp_path / "other", *TINY, cwd=world)
     assert status == 0, errors
     refused(run("sample.py", "a man", "--run", tmp_path / "other", "--adapter", "run", cwd=world), "run/ was made for base", "--run")
-    refused(run("sample.py", "a man", "--run", "run", "--adapter", "run", cwd=world), "run of another adapter")
+    refused(run("sample.py", "a man", "--run", "run", "--adapter", "run", cwd=world), "run/ is a run of an adapter", "uvit_fusion.py")
     refused(run("sample.py", "a man", "--run", "base", "--adapter", "base", cwd=world), "base/config.json is no configuration")
     refused(run("sample.py", "a man", "--run", "base", "--adapter", "nowhere", cwd=world), "nowhere/config.json is missing")
 
