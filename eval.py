@@ -293,6 +293,15 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     return float(np.maximum(((mu_1 - mu_2)**2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * trace, 0))
 
 
+def clip_distances(clip, data, *drawn):
+    """How far drawn pictures are from real ones: for each array of them, uint8 (N, H, W, 3), the Frechet distance of what a `ClipScorer` sees in
+    them to what it sees in the first N validation pictures."""
+    dataset = common.CaptionedImages(data, "val", drawn[0].shape[1])
+    real = torch.stack([dataset.picture(i) for i in range(len(drawn[0]))]).permute(0, 2, 3, 1)
+    target, *found = (statistics(clip.images(pictures).cpu().numpy()) for pictures in (real, *drawn))
+    return [frechet_distance(*target, *some) for some in found]
+
+
 def cmmd(x, y, sigma=10.0, size=1024):
     """CMMD (Jayasumana et al. 2024, arXiv 2401.09603) of CLIP features (N, D) and (M, D) of length 1: 1000 times the squared maximum mean
     discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y), k(a, b) = exp(-|a - b|^2 / (2 sigma^2)), over all pairs as in the paper's code.

@@ -402,11 +402,8 @@ def grade_adapter(base, painter, data, samples, steps):
     figures["narrative_share"] = 100 * figures["narrative"] / figures["base_plain"]
     weights, own = (sum(p.numel() for p in model.parameters()) for model in (base.model, painter.encoder.adapter))
     figures["adapter_share"] = 100 * own / weights
-    clip, dataset = grade.ClipScorer(base.settings.clip, base.device), common.CaptionedImages(data, "val", base.side)
-    pictures = {"real": torch.stack([dataset.picture(i) for i in range(len(scenes))]).permute(0, 2, 3, 1),
-                "distance_base": drawn["base_plain"], "distance": drawn["plain"]}
-    seen = {name: grade.statistics(clip.images(some).cpu().numpy()) for name, some in pictures.items()}
-    figures |= {name: grade.frechet_distance(*seen["real"], *seen[name]) for name in ("distance_base", "distance")}
+    clip = grade.ClipScorer(base.settings.clip, base.device)
+    figures["distance_base"], figures["distance"] = grade.clip_distances(clip, data, drawn["base_plain"], drawn["plain"])
     grade.print_table(rows, f"{painter.folder}: {len(scenes)} held-out scenes, {steps} steps, guidance {base.settings.guidance:g}")
     print(f"narratives reach {figures['narrative_share']:.0f} % of the base's figure on plain captions, of which {figures['plain_loss']:.1f} +- "
           f"{figures['plain_loss_ci']:.1f} points are lost, pair by pair;\ntiny-CLIP distance of plain pictures to real ones "
