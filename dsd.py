@@ -432,13 +432,12 @@ def grade_toy(s, matcher, plain, clip, tuned_clip, data, samples, others):
             continue                                                          # for texts of one picture it is the denoising error
         values, evaluations = way(candidates)
         right = np.array([grade.rank(table.ravel(), group["right"]) == 1 for group, table in zip(candidates.groups, candidates.split(values))], float)
-        parts = {kind: 100 * float(right[kinds == kind].mean()) for kind in KINDS}
         prefix = {"accuracy": "", "clip_zero_shot": "clip_", "zero_shot": "zero_shot_"}.get(name, f"{name}_")
-        figures |= {name: 100 * float(right.mean()), f"{name}_ci": 100 * float(grade.interval(right)), f"{prefix}evaluations": evaluations}
-        figures |= {f"{prefix}{kind}": part for kind, part in parts.items()}
-        if name == "accuracy":
-            figures |= {f"{kind}_ci": 100 * float(grade.interval(right[kinds == kind])) for kind in KINDS}
-        rows.append([label, f"{evaluations:.0f}", *parts.values(), figures[name], figures[f"{name}_ci"]])
+        figures |= grade.percent(name, right) | {f"{prefix}evaluations": evaluations}
+        for kind in KINDS:
+            share, half = grade.percent(kind, right[kinds == kind]).values()
+            figures |= {f"{prefix}{kind}": share} | ({f"{kind}_ci": half} if name == "accuracy" else {})
+        rows.append([label, f"{evaluations:.0f}", *(figures[f"{prefix}{kind}"] for kind in KINDS), figures[name], figures[f"{name}_ci"]])
     figures |= {"relation_zero_shot": figures["zero_shot_relation"], "relation_over_clip": figures["relation"] - figures["clip_relation"],
                 "over_clip_few_shot": figures["accuracy"] - figures["clip_few_shot"]}
     grade.print_table(rows, f"one picture, two texts that differ in one field: {len(kinds)} groups")
@@ -449,8 +448,9 @@ def grade_toy(s, matcher, plain, clip, tuned_clip, data, samples, others):
         row = [label]
         for task, these in candidates.items():
             found = grade.verdicts([group | {"kind": ""} for group in these.groups], these.split(way(these)[0]))
-            figures |= {f"{task}_{name}_{measure}": 100 * float(right.mean()) for (_, measure), right in found.items()}
-            row += [100 * float(right.mean()) for right in found.values()]
+            shares = {f"{task}_{name}_{measure}": 100 * float(right.mean()) for (_, measure), right in found.items()}
+            figures |= shares
+            row += shares.values()
         rows.append(row)
     grade.print_table(rows, f"other tasks, {others} groups each, +- {98 * others**-0.5:.0f} at the most")
     return figures
@@ -461,11 +461,13 @@ def grade_groups(groups, matcher, s, title):
     import eval as grade
     candidates = Candidates(groups, matcher.painter)
     values, evaluations = scores("attention", matcher, candidates, bank(matcher.painter, s.times, s.evaluations))
-    found, rows = grade.verdicts(groups, candidates.split(values)), [["kind", "measure", "right, %", "+-", "groups"]]
-    for (kind, measure), right in found.items():
-        rows.append([kind or "all", measure, 100 * float(right.mean()), 100 * float(grade.interval(right)), len(right)])
+    figures, rows = {}, [["kind", "measure", "right, %", "+-", "groups"]]
+    for (kind, measure), right in grade.verdicts(groups, candidates.split(values)).items():
+        share, half = grade.percent(measure, right).values()
+        figures[f"{kind}_{measure}".strip("_")] = share
+        rows.append([kind or "all", measure, share, half, len(right)])
     grade.print_table(rows, f"{title}: {len(groups)} groups, {evaluations:.0f} network evaluations each")
-    return {f"{kind}_{measure}".strip("_"): 100 * float(right.mean()) for (kind, measure), right in found.items()}
+    return figures
 
 
 def retrieve(data, count, matcher, s):

@@ -130,7 +130,7 @@ def judged(pictures, scenes, unseen):
     table["relation"][[scene.relation is None for scene in scenes]] = np.nan
     table["all_unseen"] = np.where(unseen, table["all"], np.nan)
     figures = {name: 100 * float(np.nanmean(table[name])) for name in ROWS}
-    return figures | {"all_ci": 100 * float(interval(table["all"])), "samples": len(scenes)}, table
+    return figures | percent("all", table["all"]) | {"samples": len(scenes)}, table
 
 
 def alignment_rows(figures, table):

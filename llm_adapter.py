@@ -389,7 +389,7 @@ def grade_stages(flagship, folder, args, data):
         """The pictures, and which of them are right in all respects; the share of those is a figure of that name."""
         pictures = painter.draw(prompts[kind], steps=args.sample_steps, progress=True)
         right = grade.judged(pictures, scenes, unseen)[1]["all"]
-        figures.update({name: 100 * float(right.mean()), f"{name}_ci": 100 * float(grade.interval(right))})
+        figures.update(grade.percent(name, right))
         return pictures, right
     for kind in kinds:
         draw(flagship, kind, f"clip_{kind}")
@@ -405,9 +405,9 @@ def grade_stages(flagship, folder, args, data):
     rows += [[f"four languages, after stage {n}", "", figures[f"stage{n}"], figures[f"stage{n}_ci"]] for n in stages]
     grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, {args.sample_steps} steps, guidance {flagship.settings.guidance:g}")
     if 2 in turns and 3 in turns:
-        loss, scorer = 100 * (turns[2][1] - turns[3][1]), grade.Aesthetic(args.scorer, grade.ClipScorer(flagship.settings.clip, flagship.device))
-        figures |= {"stage3_loss": float(loss.mean()), "stage3_loss_ci": float(grade.interval(loss)),
-                    "quality_before": float(scorer(turns[2][0]).mean()), "quality_after": float(scorer(turns[3][0]).mean())}
+        scorer = grade.Aesthetic(args.scorer, grade.ClipScorer(flagship.settings.clip, flagship.device))
+        figures |= grade.percent("stage3_loss", turns[2][1] - turns[3][1])
+        figures |= {"quality_before": float(scorer(turns[2][0]).mean()), "quality_after": float(scorer(turns[3][0]).mean())}
         print(f"stage 3: the scorer's mean quality from {figures['quality_before']:.3f} to {figures['quality_after']:.3f}; "
               f"right pictures lost, pair by pair: {figures['stage3_loss']:.1f} +- {figures['stage3_loss_ci']:.1f} points")
     return figures
@@ -456,8 +456,7 @@ def compare(s, flagship, data, folder, args):
         painter = load(finished, flagship.device, flagship.precision)
         right = {kind: grade.judged(painter.draw(told[kind], steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
                  for kind in ("turns", "long", "english")}
-        figures |= {name if kind == "turns" else f"{name}_{kind}": 100 * float(values.mean()) for kind, values in right.items()}
-        figures[f"{name}_ci"] = 100 * float(grade.interval(right["turns"]))
+        figures |= grade.percent(name, right["turns"]) | {f"{name}_{kind}": 100 * float(right[kind].mean()) for kind in ("long", "english")}
         rows.append([name, *(figures[f"{name}{end}"] for end in ("", "_ci", "_long", "_english"))])
         grade.write_results(folder, figures)
     grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, stage 1 alone ({s.steps[0]} steps); no_stage_1: stage 2 alone ({s.steps[1]})")
