@@ -820,6 +820,12 @@ def open_run(folder, settings, options, precision=None):
     return None
 
 
+def pick_up(options, folder):
+    """The options of one run of a comparison, whose command can be given again: an interrupted run goes on, and so does a finished one, which has
+    no step left; with --overwrite each begins anew."""
+    return dataclasses.replace(options, resume=not options.overwrite and (Path(folder) / "state.pt").exists(), overwrite=True)
+
+
 class Metrics:
     """metrics.csv, a row every so many steps; the first column is the step. On resuming, rows beyond the checkpoint's step are dropped."""
     def __init__(self, folder, names, start=0, file="metrics.csv"):

@@ -682,11 +682,11 @@ VARIANTS = {
 }
 
 
-def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VARIANTS)):
+def compare(s, data, folder, ranks, precision, options, seeds, samples, variants=tuple(VARIANTS)):
     """The paper's experiment in small: the variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
 
-    variants: names of VARIANTS, "early" and "intermediate" among them. A run that is finished is kept and an interrupted one goes on, so the
-    command can be given again. Intervals are over seeds.
+    variants: names of VARIANTS, "early" and "intermediate" among them. A run that is graded is kept and an interrupted one goes on, so the
+    command can be given again; with options.overwrite all begin anew. Intervals are over seeds.
     """
     validation_prompts(data, s.size, 1)                              # refuses data that cannot be graded before anything is trained
     folder, right, painters = Path(folder), {name: [] for name in VARIANTS if name in variants}, {}
@@ -696,11 +696,11 @@ def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VA
             continue
         run, settings = folder / f"{name}-{seed}", dataclasses.replace(s, seed=seed, **change)
         verdict = run / "compared.json"                              # not results.json, which eval.py writes with any flags
-        if verdict.exists():
+        if verdict.exists() and not options.overwrite:
             common.check_settings(run, settings)
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
-            painter = uvit_fusion.train(settings, data, run, ranks, precision, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
+            painter = uvit_fusion.train(settings, data, run, ranks, precision, common.pick_up(options, run))
             figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0), "sampler": "dpm"})
             print_table(alignment_rows(figures, table))
             write_results(run, figures)

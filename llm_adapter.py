@@ -441,19 +441,14 @@ ABLATIONS = {                                                                # n
 }
 
 
-def compare(s, flagship, data, folder, args):
+def compare(s, flagship, data, folder, options, args):
     """Trains each ablation by stage 1 alone (and one by stage 2 alone), and grades it on four languages taking turns and on long prompts."""
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, flagship.settings.size, args.samples)
     told = tell(scenes, captions)
     rows, figures = [["all right, %", "four languages", "+-", "long", "english"]], {}
     for name, (changed, stages) in ABLATIONS.items():
-        one, finished = dataclasses.replace(s, **changed), folder / name / f"stage{stages[-1]}.safetensors"
-        if finished.exists():
-            common.check_settings(folder / name, one)
-        else:
-            run(one, flagship, data, folder / name, common.Options(overwrite=True), stages)
-        painter = load(finished, flagship.device, flagship.precision)
+        painter = run(dataclasses.replace(s, **changed), flagship, data, folder / name, common.pick_up(options, folder / name), stages)
         right = {kind: grade.judged(painter.draw(told[kind], steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
                  for kind in ("turns", "long", "english")}
         figures |= grade.percent(name, right["turns"]) | {f"{name}_{kind}": 100 * float(right[kind].mean()) for kind in ("long", "english")}
@@ -540,7 +535,7 @@ def main():
         s.parallel = f"{data}/annotations/parallel_train2017.jsonl"
     begin = time.time()
     if args.compare:
-        compare(s, flagship, data, folder, args)
+        compare(s, flagship, data, folder, options, args)
         return
     painter = run(s, flagship, data, folder, options, sorted(args.stages), args.init, args.features)
     if s.data == "shapes":

@@ -436,10 +436,10 @@ ABLATIONS = {                                                                # n
 }
 
 
-def compare(s, base, llm, dataset, data, folder, args):
+def compare(s, base, llm, dataset, data, folder, options, args):
     """Trains each ablation with the same steps and grades it on narratives and on plain captions, from the same noise, beside the base.
 
-    "llm" in the table is the LLM term at the end of the training. A run that is finished is kept, so the command can be given again.
+    "LLM term" in the table is the one at the end of the training.
     """
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, base.settings.size, args.samples)
@@ -449,12 +449,7 @@ def compare(s, base, llm, dataset, data, folder, args):
         painter, term = base, ""
         if name in ABLATIONS:
             one, run = dataclasses.replace(s, **ABLATIONS[name]), folder / name
-            if (run / "done").exists():
-                common.check_settings(run, one)
-                painter = attach(base, run)
-            else:
-                painter = train(one, base, llm, dataset, run, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
-                (run / "done").touch()
+            painter = train(one, base, llm, dataset, run, common.pick_up(options, run))
             if one.llm_weight:
                 with open(run / "metrics.csv", newline="") as file:
                     term = f"{float([*csv.DictReader(file)][-1]['llm']):.4f}"
@@ -505,7 +500,7 @@ def main():
     if args.features:
         llm = common.CachedLLM(llm, ["", *(text for _, pairs, _ in dataset.items for text, _ in pairs)], args.features)
     if args.compare:
-        compare(s, base, llm, dataset, data, folder, args)
+        compare(s, base, llm, dataset, data, folder, options, args)
         return
     painter = train(s, base, llm, dataset, folder, options)
     if known:

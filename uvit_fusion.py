@@ -679,7 +679,7 @@ def main():
             raise UserError("--compare trains its variants in one process: without torchrun")
         folder = args.out or ("runs/compare-quick" if args.quick else "runs/compare")
         variants = [name for name in grade.VARIANTS if not (args.no_cross and "cross" in name)]
-        grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, args.seeds, args.samples, variants)
+        grade.compare(s, toy.prepare(s.data, s.clip, side), folder, ranks, precision, options, args.seeds, args.samples, variants)
         return
     folder = Path(args.out or ("runs/quick" if args.quick else "runs/uvit_fusion"))
     if args.preset != "toy":
