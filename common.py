@@ -683,13 +683,13 @@ def check_limits(settings):
                 raise UserError(f"{flag} {number}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
 
 
-def add_setting_flags(parser, settings, named="toy:"):
+def add_setting_flags(parser, settings, named="toy:", only=()):
     """One flag a field that has a help text: `image_blocks` -> --image-blocks; a switch that is on has its --no-. named: what defaults are called.
 
-    Flags that are not given are absent, so that a preset can fill them.
+    only: names of fields, if the others shall have none. Flags that are not given are absent, so that a preset can fill them.
     """
     for field in dataclasses.fields(settings):
-        if not field.metadata:
+        if not field.metadata or only and field.name not in only:
             continue
         kind = {"type": field.type}
         if field.type is bool:
@@ -712,7 +712,7 @@ def make_settings(settings, presets, args):
 @dataclasses.dataclass
 class Options:
     """How a training is run: unlike the settings, nothing that its result depends on or that the run remembers."""
-    resume: bool = setting(False, "go on with the run in --out")
+    resume: bool = setting(False, "go on with the run in --out, where it stopped")
     overwrite: bool = setting(False, "start anew in a folder that holds a run")
     save_every: int = setting(1000, "steps between checkpoints", low=1)
     workers: int = setting(None, "processes that read pictures (default: none for small pictures and latents, else one a core)", low=0, high=64)
@@ -750,6 +750,16 @@ def positive(text):
 def add_machine_flags(parser):
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto takes bf16 where a short probe finds it faster")
+
+
+def add_training_flags(parser, settings, presets, out, *options):
+    """What every training has: --preset, --out with its help text, those `Options` that are named (without names, all), --device and --precision,
+    and one flag a setting."""
+    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(presets)} (default toy)")
+    parser.add_argument("--out", help=out)
+    add_setting_flags(parser, Options, "default", options)
+    add_machine_flags(parser)
+    add_setting_flags(parser.add_argument_group("settings of a training"), settings)
 
 
 class Interrupt:

@@ -564,14 +564,10 @@ def main():
     parser.add_argument("--zero-shot", action="store_true", help="score with its base, not tuned")
     parser.add_argument("--pictures", default=".", help="--comvg: the folder of the pictures, <id>.jpg")
     parser.add_argument("--pool-size", type=common.positive, default=50, help="--retrieval: pictures (default %(default)s)")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
-    parser.add_argument("--out", help="run folder of --train (default runs/dsd), or the file of the picture of attention")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--samples", type=common.positive, default=512, help="--train: pairs of each kind to grade (default %(default)s)")
     parser.add_argument("--others", type=common.positive, default=128, help="--train: groups of each other task (default %(default)s)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings of --train"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder of --train (default runs/dsd), or the file of the picture of attention",
+                              "resume", "overwrite")
     args = parser.parse_args()
     if not (args.train or args.groups or args.comvg or args.retrieval or args.picture):
         parser.print_help()
@@ -593,7 +589,8 @@ def main():
             groups = grade.read_groups(args.groups) if args.groups else grade.read_comvg(args.comvg, args.pictures)
             grade_groups(groups, matcher, s, args.groups or args.comvg)
         return
-    s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite, save_every=100)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
+    options.save_every = 100
     folder, known = Path(args.out or "runs/dsd"), s.data == "shapes"
     common.check_run(folder, options)
     painter = sample.load_or_train(s.base, args.device, args.precision)

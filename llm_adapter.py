@@ -505,19 +505,14 @@ def main():
     action = parser.add_argument_group("what to do")
     action.add_argument("--train", action="store_true", help="run the stages, draw prompts of four languages and, on the toy world, grade them")
     action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="stages to run (default all)")
-    parser.add_argument("--out", help="run folder (default runs/llm_adapter; --compare: runs/llm_compare)")
     parser.add_argument("--init", help="a stage's file of another run, to start from")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, in the stage where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
     parser.add_argument("--scorer", default="runs/toy/quality.safetensors", help="linear head on CLIP features that tells a picture's quality")
     parser.add_argument("--font", help="font file for the captions of pictures, for letters that the system's own lack")
     parser.add_argument("--features", help="folder for the LLM's features of all texts, computed once: pays for a large LLM (default: none)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder (default runs/llm_adapter; --compare: runs/llm_compare)", "resume", "overwrite")
     args = parser.parse_args()
     if not (args.train or args.compare):
         parser.print_help()
@@ -525,7 +520,7 @@ def main():
     import eval as grade
     import sample
     import toy
-    s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/llm_compare" if args.compare else "runs/llm_adapter"))
     if args.train:
         common.check_run(folder, options)

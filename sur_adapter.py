@@ -467,16 +467,11 @@ def main():
     action = parser.add_argument_group("what to do")
     action.add_argument("--train", action="store_true", help="train the adapter, draw narratives and, on the toy world, grade them")
     action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
-    parser.add_argument("--out", help="run folder (default runs/sur_adapter; --compare: runs/sur_compare)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    parser.add_argument("--accumulate", type=common.positive, default=1, help="parts that a batch is worked through in (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
     parser.add_argument("--features", help="folder for the LLM's features of all narratives, computed once: pays for a large LLM (default: none)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder (default runs/sur_adapter; --compare: runs/sur_compare)",
+                              "resume", "overwrite", "accumulate")
     args = parser.parse_args()
     if not (args.train or args.compare):
         parser.print_help()
@@ -484,8 +479,7 @@ def main():
     import eval as grade
     import sample
     import toy
-    s = common.make_settings(Settings, PRESETS, args)
-    options = common.Options(resume=args.resume, overwrite=args.overwrite, accumulate=args.accumulate)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/sur_compare" if args.compare else "runs/sur_adapter"))
     if args.train:
         common.check_run(folder, options)
