@@ -317,7 +317,7 @@ def train(s, matcher, candidates, folder, options):
     optimizer = torch.optim.AdamW([{"params": plain, "highest": s.lr, "weight_decay": s.weight_decay},
                                    {"params": [tuned["weight"]] if s.head_weights else [], "highest": s.weight_lr, "weight_decay": 0.0}],
                                   lr=s.lr, betas=s.betas)
-    state = common.open_run(folder, s, options)
+    state = common.open_run(folder, s, options, painter.precision)
     if state:
         if common.read_settings(Settings, folder).base_identity != s.base_identity:
             raise UserError(f"--resume: {folder}/ was begun with another base than {s.base} is now: put it back, or start anew with --overwrite")
@@ -358,7 +358,8 @@ def train(s, matcher, candidates, folder, options):
             if save:
                 common.save_tensors(matcher.tuned(), folder / "model.safetensors")
                 with common.whole(folder / "state.pt") as unfinished:
-                    torch.save({"tuned": matcher.tuned(), "optimizer": optimizer.state_dict(), "step": step}, unfinished)
+                    torch.save({"tuned": matcher.tuned(), "optimizer": optimizer.state_dict(), "step": step, "precision": str(painter.precision)},
+                               unfinished)
                 sample.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "hinge loss", log=True)
             if interrupt.asked and step < s.steps:
                 print(f"stopped after step {step}; to go on: the same command with --resume")

@@ -413,6 +413,12 @@ def test_a_resumed_tuning_equals_an_uninterrupted_one(world, painter, tmp_path, 
     assert (world / "run" / "model.safetensors").read_bytes() == (tmp_path / "cut" / "model.safetensors").read_bytes()
 
 
+def test_a_tuning_is_not_resumed_in_another_precision(world):
+    before = (world / "run" / "state.pt").read_bytes()
+    refused(run("dsd.py", *TUNE, "--precision", "bf16", "--resume", "--out", "run", cwd=world), "run/ was trained in torch.float32", "--precision")
+    assert (world / "run" / "state.pt").read_bytes() == before
+
+
 def test_texts_are_ranked_for_a_picture_and_drawn(world, tmp_path):
     picture = "coco/val2017/000000000001.jpg"
     texts = "a man on a horse", "two red circles", "x"
