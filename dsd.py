@@ -570,9 +570,14 @@ def main():
     common.add_training_flags(parser, Settings, PRESETS, "run folder of --train (default runs/dsd), or the file of the picture of attention",
                               "resume", "overwrite")
     args = parser.parse_args()
-    if not (args.train or args.groups or args.comvg or args.retrieval or args.picture):
+    actions = {"--train": args.train, "a picture": args.picture, "--comvg": args.comvg, "--retrieval": args.retrieval,
+               "--groups": args.groups and not args.train}                    # which --train scores too
+    asked = [name for name, value in actions.items() if value]
+    if not asked:
         parser.print_help()
         return
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} do not go together: give a command for each")
     import eval as grade
     import sample
     import toy

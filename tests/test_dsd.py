@@ -484,6 +484,10 @@ def test_another_base_is_refused(world, tmp_path):
     (["--groups", "nowhere.jsonl", "--run", "run"], ["nowhere.jsonl"]),
     (["--groups", "pairs.jsonl", "--run", "nowhere"], ["no run in nowhere/", "--train"]),
     (["--comvg", "pairs.jsonl", "--run", "run"], ["--comvg pairs.jsonl"]), (["--comvg", "nowhere.csv", "--run", "run"], ["--comvg nowhere.csv"]),
+    ([*TUNE, "--out", "new", "--comvg", "comvg.csv"], ["--train and --comvg do not go together"]),
+    ([*TUNE, "--out", "new", "--retrieval", "coco", "--groups", "pairs.jsonl"], ["--train and --retrieval do not go together"]),
+    (["coco/val2017/000000000001.jpg", "a man", *TUNE, "--out", "new"], ["--train and a picture do not go together"]),
+    (["--groups", "pairs.jsonl", "--retrieval", "coco", "--run", "run"], ["--retrieval and --groups do not go together"]),
     ([*TUNE, "--out", "run"], ["run/ holds a run already"]), ([*TUNE, "--out", "new", "--blocks", "7"], ["--blocks 7", "0 to 2"]),
     ([*TUNE, "--out", "new", "--heads", "x"], ["--heads x"]), ([*TUNE, "--out", "new", "--times", 500, 50], ["--times 500 50"]),
     ([*TUNE, "--out", "new", "--pool", "sum"], ["--pool sum", "lse"]),
@@ -492,6 +496,7 @@ def test_another_base_is_refused(world, tmp_path):
     ([*TUNE, "--out", "new", "--base", "nowhere"], ["nowhere"])])
 def test_slips_end_in_one_line(world, flags, said):
     refused(run("dsd.py", *flags, *FLAGS, cwd=world), *said)
+    assert not (world / "new").exists()
 
 
 def test_without_a_flag_comes_the_help(world):
