@@ -788,12 +788,15 @@ def check_run(folder, options):
 
 
 def check_settings(folder, settings):
-    """Raises UserError if the run in a folder was made with other settings than these."""
+    """Raises UserError if the run in a folder was made with other settings than these, or from another base or LLM of the same name."""
     there, here = read_json(Path(folder) / "config.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
     for name in (field.name for field in dataclasses.fields(settings) if field.metadata):          # those with a flag
         if there.get(name) != here[name]:
             raise UserError(f"{folder}/ was made with {name} = {there.get(name)}, now it is {here[name]}: "
                             "give the settings of the first start, or another --out")
+    for name in ("base", "llm"):                                                                   # down to their weights
+        if there.get(f"{name}_identity") != here.get(f"{name}_identity"):
+            raise UserError(f"{folder}/ was begun from {here[name]} as it was then, now it is another: put it back, or start anew with --overwrite")
 
 
 @torch.no_grad()

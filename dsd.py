@@ -319,8 +319,6 @@ def train(s, matcher, candidates, folder, options):
                                   lr=s.lr, betas=s.betas)
     state = common.open_run(folder, s, options, painter.precision)
     if state:
-        if common.read_settings(Settings, folder).base_identity != s.base_identity:
-            raise UserError(f"--resume: {folder}/ was begun with another base than {s.base} is now: put it back, or start anew with --overwrite")
         load_tuned(matcher, state["tuned"], folder / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]

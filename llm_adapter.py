@@ -484,8 +484,6 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     if init:
         common.load_into(average, common.read_weights(init, f"--init {init}"), init)
     state, done = common.open_run(folder, s, options, precision), 0
-    if common.read_settings(Settings, folder).llm_identity != s.llm_identity:
-        raise UserError(f"--resume: {folder}/ was begun with another language model than {s.llm} is now: put it back, or start anew with --overwrite")
     common.write_json(folder / "uvit.json", dataclasses.asdict(base))
     if state:
         common.load_into(average, state["average"], folder / "state.pt")

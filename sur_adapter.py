@@ -261,14 +261,6 @@ def triples(painter, data, split):
     return dataset
 
 
-def make_optimizers(adapter, s):
-    """AdamW, as published; or Muon on the matrices and AdamW on the rest, for `uvit_fusion.set_rates`."""
-    matrices = [p for name, p in adapter.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and not name.startswith("project")]
-    rest = [p for p in adapter.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
-    return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
-
-
 def train(s, painter, llm, dataset, folder, options):
     """Trains an adapter for a frozen base and fills the run folder; returns a painter that draws with its averaged weights.
 
@@ -283,13 +275,9 @@ def train(s, painter, llm, dataset, folder, options):
     adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
     average = copy.deepcopy(adapter).requires_grad_(False)
     adapter.project.requires_grad_(adapter.projection != "frozen")
-    optimizers, start = make_optimizers(adapter, s), 0
+    optimizers, start = uvit_fusion.make_optimizers(adapter, s, lambda name: not name.startswith("project")), 0
     state = common.open_run(folder, s, options, painter.precision)
     if state:
-        before = common.read_settings(Settings, folder)
-        if (before.base_identity, before.llm_identity) != (s.base_identity, s.llm_identity):
-            raise UserError(f"--resume: {folder}/ was begun with another {s.base} or {s.llm} than is there now: put it back, or start anew with "
-                            "--overwrite")
         for module, name in ((adapter, "adapter"), (average, "average")):
             common.load_into(module, state[name], folder / "state.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):

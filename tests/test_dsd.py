@@ -477,6 +477,9 @@ def test_another_base_is_refused(world, tmp_path):
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     common.save_tensors(tensors | {"norm.bias": tensors["norm.bias"] + 1}, tmp_path / "base" / "model.safetensors")
     refused(run("dsd.py", "--groups", world / "pairs.jsonl", *FLAGS, "--run", "run", cwd=tmp_path), "was tuned for base as it was then", "--train")
+    (tmp_path / "pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
+    shutil.copytree(world / "coco", tmp_path / "coco")
+    refused(run("dsd.py", *TUNE, "--resume", "--out", "run", cwd=tmp_path), "run/ was begun from base as it was then", "--overwrite")
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -395,7 +395,7 @@ def test_another_llm_in_the_same_place_is_refused_on_resuming(world, tmp_path):
         shutil.copytree(world / name, tmp_path / name)
     shutil.rmtree(tmp_path / "llm")
     save_llm(tmp_path / "llm", "LlamaForCausalLM", seed=5)
-    refused(train(tmp_path, "--resume"), "run/ was begun with another", "llm")
+    refused(train(tmp_path, "--resume"), "run/ was begun from llm as it was then", "--overwrite")
 
 
 # ----------------------------------------------------------------------------------------------------------- a comparison
