@@ -701,13 +701,13 @@ def check_limits(settings):
                 raise UserError(f"{flag} {number}: choose {low} {f'to {high}' if high < math.inf else 'or more'}")
 
 
-def add_setting_flags(parser, settings, named="toy:"):
+def add_setting_flags(parser, settings, named="toy:", only=()):
     """One flag a field that has a help text: `image_blocks` -> --image-blocks; a switch that is on has its --no-. named: what defaults are called.
 
-    Flags that are not given are absent, so that a preset can fill them.
+    only: names of fields, if the others shall have none. Flags that are not given are absent, so that a preset can fill them.
     """
     for field in dataclasses.fields(settings):
-        if not field.metadata:
+        if not field.metadata or only and field.name not in only:
             continue
         kind = {"type": field.type}
         if field.type is bool:
@@ -730,7 +730,7 @@ def make_settings(settings, presets, args):
 @dataclasses.dataclass
 class Options:
     """How a training is run: unlike the settings, nothing that its result depends on or that the run remembers."""
-    resume: bool = setting(False, "go on with the run in --out")
+    resume: bool = setting(False, "go on with the run in --out, where it stopped")
     overwrite: bool = setting(False, "start anew in a folder that holds a run")
     save_every: int = setting(1000, "steps between checkpoints", low=1)
     workers: int = setting(None, "processes that read pictures (default: none for small pictures and latents, else one a core)", low=0, high=64)
@@ -770,6 +770,16 @@ def add_machine_flags(parser):
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto takes bf16 where a short probe finds it faster")
 
 
+def add_training_flags(parser, settings, presets, out, *options):
+    """What every training has: --preset, --out with its help text, those `Options` that are named (without names, all), --device and --precision,
+    and one flag a setting."""
+    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(presets)} (default toy)")
+    parser.add_argument("--out", help=out)
+    add_setting_flags(parser, Options, "default", options)
+    add_machine_flags(parser)
+    add_setting_flags(parser.add_argument_group("settings of a training"), settings)
+
+
 class Interrupt:
     """While it is entered, Ctrl-C (or a polite kill) only sets `asked`, so that a training can finish its step and save; a second Ctrl-C ends it."""
     def __enter__(self):
@@ -796,12 +806,15 @@ def check_run(folder, options):
 
 
 def check_settings(folder, settings):
-    """Raises UserError if the run in a folder was made with other settings than these."""
+    """Raises UserError if the run in a folder was made with other settings than these, or from another base or LLM of the same name."""
     there, here = read_json(Path(folder) / "config.json"), json.loads(json.dumps(dataclasses.asdict(settings)))
     for name in (field.name for field in dataclasses.fields(settings) if field.metadata):          # those with a flag
         if there.get(name) != here[name]:
             raise UserError(f"{folder}/ was made with {name} = {there.get(name)}, now it is {here[name]}: "
                             "give the settings of the first start, or another --out")
+    for name in ("base", "llm"):                                                                   # down to their weights
+        if there.get(f"{name}_identity") != here.get(f"{name}_identity"):
+            raise UserError(f"{folder}/ was begun from {here[name]} as it was then, now it is another: put it back, or start anew with --overwrite")
 
 
 @torch.no_grad()
@@ -836,6 +849,12 @@ def open_run(folder, settings, options, precision=None):
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(settings))
     return None
+
+
+def pick_up(options, folder):
+    """The options of one run of a comparison, whose command can be given again: an interrupted run goes on, and so does a finished one, which has
+    no step left; with --overwrite each begins anew."""
+    return dataclasses.replace(options, resume=not options.overwrite and (Path(folder) / "state.pt").exists(), overwrite=True)
 
 
 class Metrics:

@@ -317,10 +317,8 @@ def train(s, matcher, candidates, folder, options):
     optimizer = torch.optim.AdamW([{"params": plain, "highest": s.lr, "weight_decay": s.weight_decay},
                                    {"params": [tuned["weight"]] if s.head_weights else [], "highest": s.weight_lr, "weight_decay": 0.0}],
                                   lr=s.lr, betas=s.betas)
-    state = common.open_run(folder, s, options)
+    state = common.open_run(folder, s, options, painter.precision)
     if state:
-        if common.read_settings(Settings, folder).base_identity != s.base_identity:
-            raise UserError(f"--resume: {folder}/ was begun with another base than {s.base} is now: put it back, or start anew with --overwrite")
         load_tuned(matcher, state["tuned"], folder / "state.pt")
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -358,7 +356,8 @@ def train(s, matcher, candidates, folder, options):
             if save:
                 common.save_tensors(matcher.tuned(), folder / "model.safetensors")
                 with common.whole(folder / "state.pt") as unfinished:
-                    torch.save({"tuned": matcher.tuned(), "optimizer": optimizer.state_dict(), "step": step}, unfinished)
+                    torch.save({"tuned": matcher.tuned(), "optimizer": optimizer.state_dict(), "step": step, "precision": str(painter.precision)},
+                               unfinished)
                 sample.plot({"loss": metrics.column("loss")}, folder / "loss.png", "step", "hinge loss", log=True)
             if interrupt.asked and step < s.steps:
                 print(f"stopped after step {step}; to go on: the same command with --resume")
@@ -372,19 +371,12 @@ def load_tuned(matcher, tensors, path):
     common.load_into(matcher, {name: tensor for name, tensor in matcher.state_dict().items() if name not in tuned} | tensors, path)
 
 
-def identity(painter):
-    """Of a base, network and text encoder, down to their weights. Raises UserError for a base of another method."""
-    if not isinstance(painter.encoder, common.TextEncoder):
-        raise UserError(f"{painter.folder}/ has another text encoder than CLIP's: name a run of uvit_fusion.py with --base")
-    return common.fingerprint(nn.ModuleList([painter.model, painter.encoder.model]))
-
-
 def load(folder, device="auto", precision="auto", zero_shot=False):
     """The matcher of a run folder, on the base that it names; device, precision: as the flags name them. Raises UserError for a base that changed."""
     import sample
     s = common.read_settings(Settings, folder)
     painter = sample.load_run(s.base, device, precision)
-    if s.base_identity != identity(painter):
+    if s.base_identity != painter.identity():
         raise UserError(f"{folder}/ was tuned for {s.base} as it was then, not for this network and text encoder: tune it anew with --train")
     matcher = Matcher(untuned(s) if zero_shot else s, painter)
     if not zero_shot:
@@ -439,13 +431,12 @@ def grade_toy(s, matcher, plain, clip, tuned_clip, data, samples, others):
             continue                                                          # for texts of one picture it is the denoising error
         values, evaluations = way(candidates)
         right = np.array([grade.rank(table.ravel(), group["right"]) == 1 for group, table in zip(candidates.groups, candidates.split(values))], float)
-        parts = {kind: 100 * float(right[kinds == kind].mean()) for kind in KINDS}
         prefix = {"accuracy": "", "clip_zero_shot": "clip_", "zero_shot": "zero_shot_"}.get(name, f"{name}_")
-        figures |= {name: 100 * float(right.mean()), f"{name}_ci": 100 * float(grade.interval(right)), f"{prefix}evaluations": evaluations}
-        figures |= {f"{prefix}{kind}": part for kind, part in parts.items()}
-        if name == "accuracy":
-            figures |= {f"{kind}_ci": 100 * float(grade.interval(right[kinds == kind])) for kind in KINDS}
-        rows.append([label, f"{evaluations:.0f}", *parts.values(), figures[name], figures[f"{name}_ci"]])
+        figures |= grade.percent(name, right) | {f"{prefix}evaluations": evaluations}
+        for kind in KINDS:
+            share, half = grade.percent(kind, right[kinds == kind]).values()
+            figures |= {f"{prefix}{kind}": share} | ({f"{kind}_ci": half} if name == "accuracy" else {})
+        rows.append([label, f"{evaluations:.0f}", *(figures[f"{prefix}{kind}"] for kind in KINDS), figures[name], figures[f"{name}_ci"]])
     figures |= {"relation_zero_shot": figures["zero_shot_relation"], "relation_over_clip": figures["relation"] - figures["clip_relation"],
                 "over_clip_few_shot": figures["accuracy"] - figures["clip_few_shot"]}
     grade.print_table(rows, f"one picture, two texts that differ in one field: {len(kinds)} groups")
@@ -456,8 +447,9 @@ def grade_toy(s, matcher, plain, clip, tuned_clip, data, samples, others):
         row = [label]
         for task, these in candidates.items():
             found = grade.verdicts([group | {"kind": ""} for group in these.groups], these.split(way(these)[0]))
-            figures |= {f"{task}_{name}_{measure}": 100 * float(right.mean()) for (_, measure), right in found.items()}
-            row += [100 * float(right.mean()) for right in found.values()]
+            shares = {f"{task}_{name}_{measure}": 100 * float(right.mean()) for (_, measure), right in found.items()}
+            figures |= shares
+            row += shares.values()
         rows.append(row)
     grade.print_table(rows, f"other tasks, {others} groups each, +- {98 * others**-0.5:.0f} at the most")
     return figures
@@ -468,11 +460,13 @@ def grade_groups(groups, matcher, s, title):
     import eval as grade
     candidates = Candidates(groups, matcher.painter)
     values, evaluations = scores("attention", matcher, candidates, bank(matcher.painter, s.times, s.evaluations))
-    found, rows = grade.verdicts(groups, candidates.split(values)), [["kind", "measure", "right, %", "+-", "groups"]]
-    for (kind, measure), right in found.items():
-        rows.append([kind or "all", measure, 100 * float(right.mean()), 100 * float(grade.interval(right)), len(right)])
+    figures, rows = {}, [["kind", "measure", "right, %", "+-", "groups"]]
+    for (kind, measure), right in grade.verdicts(groups, candidates.split(values)).items():
+        share, half = grade.percent(measure, right).values()
+        figures[f"{kind}_{measure}".strip("_")] = share
+        rows.append([kind or "all", measure, share, half, len(right)])
     grade.print_table(rows, f"{title}: {len(groups)} groups, {evaluations:.0f} network evaluations each")
-    return {f"{kind}_{measure}".strip("_"): 100 * float(right.mean()) for (kind, measure), right in found.items()}
+    return figures
 
 
 def retrieve(data, count, matcher, s):
@@ -569,18 +563,19 @@ def main():
     parser.add_argument("--zero-shot", action="store_true", help="score with its base, not tuned")
     parser.add_argument("--pictures", default=".", help="--comvg: the folder of the pictures, <id>.jpg")
     parser.add_argument("--pool-size", type=common.positive, default=50, help="--retrieval: pictures (default %(default)s)")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
-    parser.add_argument("--out", help="run folder of --train (default runs/dsd), or the file of the picture of attention")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--samples", type=common.positive, default=512, help="--train: pairs of each kind to grade (default %(default)s)")
     parser.add_argument("--others", type=common.positive, default=128, help="--train: groups of each other task (default %(default)s)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings of --train"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder of --train (default runs/dsd), or the file of the picture of attention",
+                              "resume", "overwrite")
     args = parser.parse_args()
-    if not (args.train or args.groups or args.comvg or args.retrieval or args.picture):
+    actions = {"--train": args.train, "a picture": args.picture, "--comvg": args.comvg, "--retrieval": args.retrieval,
+               "--groups": args.groups and not args.train}                    # which --train scores too
+    asked = [name for name, value in actions.items() if value]
+    if not asked:
         parser.print_help()
         return
+    if len(asked) > 1:
+        raise UserError(f"{' and '.join(asked)} do not go together: give a command for each")
     import eval as grade
     import sample
     import toy
@@ -598,7 +593,8 @@ def main():
             groups = grade.read_groups(args.groups) if args.groups else grade.read_comvg(args.comvg, args.pictures)
             grade_groups(groups, matcher, s, args.groups or args.comvg)
         return
-    s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite, save_every=100)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
+    options.save_every = 100
     folder, known = Path(args.out or "runs/dsd"), s.data == "shapes"
     common.check_run(folder, options)
     painter = sample.load_or_train(s.base, args.device, args.precision)
@@ -607,7 +603,7 @@ def main():
     if known:
         from toy import matching
         matching.build_matching(data, painter.side)
-    s = dataclasses.replace(s, base_identity=identity(painter))
+    s = dataclasses.replace(s, base_identity=painter.identity())
     groups = [group for group in grade.read_groups(Path(data) / "annotations" / "match_train.jsonl" if known else data) if "right" in group]
     groups = groups[:max(1, round(s.shots * len(groups))) if s.shots < 1 else int(s.shots)]
     if not groups:

@@ -130,7 +130,7 @@ def judged(pictures, scenes, unseen):
     table["relation"][[scene.relation is None for scene in scenes]] = np.nan
     table["all_unseen"] = np.where(unseen, table["all"], np.nan)
     figures = {name: 100 * float(np.nanmean(table[name])) for name in ROWS}
-    return figures | {"all_ci": 100 * float(interval(table["all"])), "samples": len(scenes)}, table
+    return figures | percent("all", table["all"]) | {"samples": len(scenes)}, table
 
 
 def alignment_rows(figures, table):
@@ -291,6 +291,15 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     root = vectors * values.clip(0)**0.5 @ vectors.T                           # clip: rounding leaves eigenvalues just below 0
     trace = (np.linalg.eigvalsh(root @ sigma_2 @ root).clip(0)**0.5).sum()
     return float(np.maximum(((mu_1 - mu_2)**2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * trace, 0))
+
+
+def clip_distances(clip, data, *drawn):
+    """How far drawn pictures are from real ones: for each array of them, uint8 (N, H, W, 3), the Frechet distance of what a `ClipScorer` sees in
+    them to what it sees in the first N validation pictures."""
+    dataset = common.CaptionedImages(data, "val", drawn[0].shape[1])
+    real = torch.stack([dataset.picture(i) for i in range(len(drawn[0]))]).permute(0, 2, 3, 1)
+    target, *found = (statistics(clip.images(pictures).cpu().numpy()) for pictures in (real, *drawn))
+    return [frechet_distance(*target, *some) for some in found]
 
 
 def cmmd(x, y, sigma=10.0, size=1024):
@@ -673,11 +682,11 @@ VARIANTS = {
 }
 
 
-def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VARIANTS)):
+def compare(s, data, folder, ranks, precision, options, seeds, samples, variants=tuple(VARIANTS)):
     """The paper's experiment in small: the variants, same data, steps and seeds (cross-attention: one seed), one table, one picture.
 
-    variants: names of VARIANTS, "early" and "intermediate" among them. A run that is finished is kept and an interrupted one goes on, so the
-    command can be given again. Intervals are over seeds.
+    variants: names of VARIANTS, "early" and "intermediate" among them. A run that is graded is kept and an interrupted one goes on, so the
+    command can be given again; with options.overwrite all begin anew. Intervals are over seeds.
     """
     validation_prompts(data, s.size, 1)                              # refuses data that cannot be graded before anything is trained
     folder, right, painters = Path(folder), {name: [] for name in VARIANTS if name in variants}, {}
@@ -687,11 +696,11 @@ def compare(s, data, folder, ranks, precision, seeds, samples, variants=tuple(VA
             continue
         run, settings = folder / f"{name}-{seed}", dataclasses.replace(s, seed=seed, **change)
         verdict = run / "compared.json"                              # not results.json, which eval.py writes with any flags
-        if verdict.exists():
+        if verdict.exists() and not options.overwrite:
             common.check_settings(run, settings)
         else:
             print(f"\n{name}, seed {seed}: into {run}/")
-            painter = uvit_fusion.train(settings, data, run, ranks, precision, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
+            painter = uvit_fusion.train(settings, data, run, ranks, precision, common.pick_up(options, run))
             figures, table = alignment(painter, data, samples, {"interval": (0.0, 1.0), "sampler": "dpm"})
             print_table(alignment_rows(figures, table))
             write_results(run, figures)

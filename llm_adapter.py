@@ -389,7 +389,7 @@ def grade_stages(flagship, folder, args, data):
         """The pictures, and which of them are right in all respects; the share of those is a figure of that name."""
         pictures = painter.draw(prompts[kind], steps=args.sample_steps, progress=True)
         right = grade.judged(pictures, scenes, unseen)[1]["all"]
-        figures.update({name: 100 * float(right.mean()), f"{name}_ci": 100 * float(grade.interval(right))})
+        figures.update(grade.percent(name, right))
         return pictures, right
     for kind in kinds:
         draw(flagship, kind, f"clip_{kind}")
@@ -405,9 +405,9 @@ def grade_stages(flagship, folder, args, data):
     rows += [[f"four languages, after stage {n}", "", figures[f"stage{n}"], figures[f"stage{n}_ci"]] for n in stages]
     grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, {args.sample_steps} steps, guidance {flagship.settings.guidance:g}")
     if 2 in turns and 3 in turns:
-        loss, scorer = 100 * (turns[2][1] - turns[3][1]), grade.Aesthetic(args.scorer, grade.ClipScorer(flagship.settings.clip, flagship.device))
-        figures |= {"stage3_loss": float(loss.mean()), "stage3_loss_ci": float(grade.interval(loss)),
-                    "quality_before": float(scorer(turns[2][0]).mean()), "quality_after": float(scorer(turns[3][0]).mean())}
+        scorer = grade.Aesthetic(args.scorer, grade.ClipScorer(flagship.settings.clip, flagship.device))
+        figures |= grade.percent("stage3_loss", turns[2][1] - turns[3][1])
+        figures |= {"quality_before": float(scorer(turns[2][0]).mean()), "quality_after": float(scorer(turns[3][0]).mean())}
         print(f"stage 3: the scorer's mean quality from {figures['quality_before']:.3f} to {figures['quality_after']:.3f}; "
               f"right pictures lost, pair by pair: {figures['stage3_loss']:.1f} +- {figures['stage3_loss_ci']:.1f} points")
     return figures
@@ -441,23 +441,17 @@ ABLATIONS = {                                                                # n
 }
 
 
-def compare(s, flagship, data, folder, args):
+def compare(s, flagship, data, folder, options, args):
     """Trains each ablation by stage 1 alone (and one by stage 2 alone), and grades it on four languages taking turns and on long prompts."""
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, flagship.settings.size, args.samples)
     told = tell(scenes, captions)
     rows, figures = [["all right, %", "four languages", "+-", "long", "english"]], {}
     for name, (changed, stages) in ABLATIONS.items():
-        one, finished = dataclasses.replace(s, **changed), folder / name / f"stage{stages[-1]}.safetensors"
-        if finished.exists():
-            common.check_settings(folder / name, one)
-        else:
-            run(one, flagship, data, folder / name, common.Options(overwrite=True), stages)
-        painter = load(finished, flagship.device, flagship.precision)
+        painter = run(dataclasses.replace(s, **changed), flagship, data, folder / name, common.pick_up(options, folder / name), stages)
         right = {kind: grade.judged(painter.draw(told[kind], steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
                  for kind in ("turns", "long", "english")}
-        figures |= {name if kind == "turns" else f"{name}_{kind}": 100 * float(values.mean()) for kind, values in right.items()}
-        figures[f"{name}_ci"] = 100 * float(grade.interval(right["turns"]))
+        figures |= grade.percent(name, right["turns"]) | {f"{name}_{kind}": 100 * float(right[kind].mean()) for kind in ("long", "english")}
         rows.append([name, *(figures[f"{name}{end}"] for end in ("", "_ci", "_long", "_english"))])
         grade.write_results(folder, figures)
     grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, stage 1 alone ({s.steps[0]} steps); no_stage_1: stage 2 alone ({s.steps[1]})")
@@ -490,8 +484,6 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     if init:
         common.load_into(average, common.read_weights(init, f"--init {init}"), init)
     state, done = common.open_run(folder, s, options, precision), 0
-    if common.read_settings(Settings, folder).llm_identity != s.llm_identity:
-        raise UserError(f"--resume: {folder}/ was begun with another language model than {s.llm} is now: put it back, or start anew with --overwrite")
     common.write_json(folder / "uvit.json", dataclasses.asdict(base))
     if state:
         common.load_into(average, state["average"], folder / "state.pt")
@@ -511,19 +503,14 @@ def main():
     action = parser.add_argument_group("what to do")
     action.add_argument("--train", action="store_true", help="run the stages, draw prompts of four languages and, on the toy world, grade them")
     action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="stages to run (default all)")
-    parser.add_argument("--out", help="run folder (default runs/llm_adapter; --compare: runs/llm_compare)")
     parser.add_argument("--init", help="a stage's file of another run, to start from")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, in the stage where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
     parser.add_argument("--scorer", default="runs/toy/quality.safetensors", help="linear head on CLIP features that tells a picture's quality")
     parser.add_argument("--font", help="font file for the captions of pictures, for letters that the system's own lack")
     parser.add_argument("--features", help="folder for the LLM's features of all texts, computed once: pays for a large LLM (default: none)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder (default runs/llm_adapter; --compare: runs/llm_compare)", "resume", "overwrite")
     args = parser.parse_args()
     if not (args.train or args.compare):
         parser.print_help()
@@ -531,7 +518,7 @@ def main():
     import eval as grade
     import sample
     import toy
-    s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/llm_compare" if args.compare else "runs/llm_adapter"))
     if args.train:
         common.check_run(folder, options)
@@ -541,7 +528,7 @@ def main():
         s.parallel = f"{data}/annotations/parallel_train2017.jsonl"
     begin = time.time()
     if args.compare:
-        compare(s, flagship, data, folder, args)
+        compare(s, flagship, data, folder, options, args)
         return
     painter = run(s, flagship, data, folder, options, sorted(args.stages), args.init, args.features)
     if s.data == "shapes":

@@ -261,14 +261,6 @@ def triples(painter, data, split):
     return dataset
 
 
-def make_optimizers(adapter, s):
-    """AdamW, as published; or Muon on the matrices and AdamW on the rest, for `uvit_fusion.set_rates`."""
-    matrices = [p for name, p in adapter.named_parameters() if s.optimizer == "muon" and p.ndim == 2 and not name.startswith("project")]
-    rest = [p for p in adapter.parameters() if all(p is not matrix for matrix in matrices)]
-    optimizers = [torch.optim.AdamW(rest, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, fused=True)]
-    return optimizers + ([torch.optim.Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay)] if matrices else [])
-
-
 def train(s, painter, llm, dataset, folder, options):
     """Trains an adapter for a frozen base and fills the run folder; returns a painter that draws with its averaged weights.
 
@@ -283,13 +275,9 @@ def train(s, painter, llm, dataset, folder, options):
     adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
     average = copy.deepcopy(adapter).requires_grad_(False)
     adapter.project.requires_grad_(adapter.projection != "frozen")
-    optimizers, start = make_optimizers(adapter, s), 0
+    optimizers, start = uvit_fusion.make_optimizers(adapter, s, lambda name: not name.startswith("project")), 0
     state = common.open_run(folder, s, options, painter.precision)
     if state:
-        before = common.read_settings(Settings, folder)
-        if (before.base_identity, before.llm_identity) != (s.base_identity, s.llm_identity):
-            raise UserError(f"--resume: {folder}/ was begun with another {s.base} or {s.llm} than is there now: put it back, or start anew with "
-                            "--overwrite")
         for module, name in ((adapter, "adapter"), (average, "average")):
             common.load_into(module, state[name], folder / "state.pt")
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -348,13 +336,6 @@ def train(s, painter, llm, dataset, folder, options):
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
-def identity(painter):
-    """Of a base, network and text encoder, down to their weights. Raises UserError for a base of another method."""
-    if not isinstance(painter.encoder, common.TextEncoder):
-        raise UserError(f"{painter.folder}/ is a run of another adapter: this one needs the text encoder itself, a run of uvit_fusion.py")
-    return common.fingerprint(nn.ModuleList([painter.model, painter.encoder.model]))
-
-
 def adapted(painter, adapter, folder):
     """The painter of a base with an adapter behind its text encoder."""
     painter = copy.copy(painter)
@@ -366,7 +347,7 @@ def attach(painter, path):
     """A painter that draws with the adapter of a run folder, or of a .safetensors file in one. Raises UserError if it was made for another base."""
     folder, weights = common.run_files(path)
     s = common.read_settings(Settings, folder)
-    if s.base_identity != identity(painter):
+    if s.base_identity != painter.identity():
         raise UserError(f"the adapter in {folder}/ was made for {s.base} as it was then, not for this network and text encoder: "
                         "name the base that it was made for with --run, or train it anew")
     adapter = Adapter(s, painter.encoder.dim, s.llm_dim).to(painter.device).eval().requires_grad_(False)
@@ -409,11 +390,8 @@ def grade_adapter(base, painter, data, samples, steps):
     figures["narrative_share"] = 100 * figures["narrative"] / figures["base_plain"]
     weights, own = (sum(p.numel() for p in model.parameters()) for model in (base.model, painter.encoder.adapter))
     figures["adapter_share"] = 100 * own / weights
-    clip, dataset = grade.ClipScorer(base.settings.clip, base.device), common.CaptionedImages(data, "val", base.side)
-    pictures = {"real": torch.stack([dataset.picture(i) for i in range(len(scenes))]).permute(0, 2, 3, 1),
-                "distance_base": drawn["base_plain"], "distance": drawn["plain"]}
-    seen = {name: grade.statistics(clip.images(some).cpu().numpy()) for name, some in pictures.items()}
-    figures |= {name: grade.frechet_distance(*seen["real"], *seen[name]) for name in ("distance_base", "distance")}
+    clip = grade.ClipScorer(base.settings.clip, base.device)
+    figures["distance_base"], figures["distance"] = grade.clip_distances(clip, data, drawn["base_plain"], drawn["plain"])
     grade.print_table(rows, f"{painter.folder}: {len(scenes)} held-out scenes, {steps} steps, guidance {base.settings.guidance:g}")
     print(f"narratives reach {figures['narrative_share']:.0f} % of the base's figure on plain captions, of which {figures['plain_loss']:.1f} +- "
           f"{figures['plain_loss_ci']:.1f} points are lost, pair by pair;\ntiny-CLIP distance of plain pictures to real ones "
@@ -446,10 +424,10 @@ ABLATIONS = {                                                                # n
 }
 
 
-def compare(s, base, llm, dataset, data, folder, args):
+def compare(s, base, llm, dataset, data, folder, options, args):
     """Trains each ablation with the same steps and grades it on narratives and on plain captions, from the same noise, beside the base.
 
-    "llm" in the table is the LLM term at the end of the training. A run that is finished is kept, so the command can be given again.
+    "LLM term" in the table is the one at the end of the training.
     """
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, base.settings.size, args.samples)
@@ -459,12 +437,7 @@ def compare(s, base, llm, dataset, data, folder, args):
         painter, term = base, ""
         if name in ABLATIONS:
             one, run = dataclasses.replace(s, **ABLATIONS[name]), folder / name
-            if (run / "done").exists():
-                common.check_settings(run, one)
-                painter = attach(base, run)
-            else:
-                painter = train(one, base, llm, dataset, run, common.Options(resume=(run / "state.pt").exists(), overwrite=True))
-                (run / "done").touch()
+            painter = train(one, base, llm, dataset, run, common.pick_up(options, run))
             if one.llm_weight:
                 with open(run / "metrics.csv", newline="") as file:
                     term = f"{float([*csv.DictReader(file)][-1]['llm']):.4f}"
@@ -482,16 +455,11 @@ def main():
     action = parser.add_argument_group("what to do")
     action.add_argument("--train", action="store_true", help="train the adapter, draw narratives and, on the toy world, grade them")
     action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
-    parser.add_argument("--out", help="run folder (default runs/sur_adapter; --compare: runs/sur_compare)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    parser.add_argument("--accumulate", type=common.positive, default=1, help="parts that a batch is worked through in (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
     parser.add_argument("--features", help="folder for the LLM's features of all narratives, computed once: pays for a large LLM (default: none)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder (default runs/sur_adapter; --compare: runs/sur_compare)",
+                              "resume", "overwrite", "accumulate")
     args = parser.parse_args()
     if not (args.train or args.compare):
         parser.print_help()
@@ -499,8 +467,7 @@ def main():
     import eval as grade
     import sample
     import toy
-    s = common.make_settings(Settings, PRESETS, args)
-    options = common.Options(resume=args.resume, overwrite=args.overwrite, accumulate=args.accumulate)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/sur_compare" if args.compare else "runs/sur_adapter"))
     if args.train:
         common.check_run(folder, options)
@@ -511,11 +478,11 @@ def main():
     begin = time.time()
     dataset = triples(base, Path(data) / "train2017" if known else data, "train")
     llm = common.LLMEncoder(s.llm, s.llm_layer, "", base.device, base.precision)
-    s = dataclasses.replace(s, base_identity=identity(base), llm_identity=llm.identity, llm_dim=llm.dim)
+    s = dataclasses.replace(s, base_identity=base.identity(), llm_identity=llm.identity, llm_dim=llm.dim)
     if args.features:
         llm = common.CachedLLM(llm, ["", *(text for _, pairs, _ in dataset.items for text, _ in pairs)], args.features)
     if args.compare:
-        compare(s, base, llm, dataset, data, folder, args)
+        compare(s, base, llm, dataset, data, folder, options, args)
         return
     painter = train(s, base, llm, dataset, folder, options)
     if known:

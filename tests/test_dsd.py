@@ -413,6 +413,12 @@ def test_a_resumed_tuning_equals_an_uninterrupted_one(world, painter, tmp_path, 
     assert (world / "run" / "model.safetensors").read_bytes() == (tmp_path / "cut" / "model.safetensors").read_bytes()
 
 
+def test_a_tuning_is_not_resumed_in_another_precision(world):
+    before = (world / "run" / "state.pt").read_bytes()
+    refused(run("dsd.py", *TUNE, "--precision", "bf16", "--resume", "--out", "run", cwd=world), "run/ was trained in torch.float32", "--precision")
+    assert (world / "run" / "state.pt").read_bytes() == before
+
+
 def test_texts_are_ranked_for_a_picture_and_drawn(world, tmp_path):
     picture = "coco/val2017/000000000001.jpg"
     texts = "a man on a horse", "two red circles", "x"
@@ -471,6 +477,9 @@ def test_another_base_is_refused(world, tmp_path):
     tensors = load_file(tmp_path / "base" / "model.safetensors")
     common.save_tensors(tensors | {"norm.bias": tensors["norm.bias"] + 1}, tmp_path / "base" / "model.safetensors")
     refused(run("dsd.py", "--groups", world / "pairs.jsonl", *FLAGS, "--run", "run", cwd=tmp_path), "was tuned for base as it was then", "--train")
+    (tmp_path / "pairs.jsonl").write_text((world / "pairs.jsonl").read_text())
+    shutil.copytree(world / "coco", tmp_path / "coco")
+    refused(run("dsd.py", *TUNE, "--resume", "--out", "run", cwd=tmp_path), "run/ was begun from base as it was then", "--overwrite")
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -478,6 +487,10 @@ def test_another_base_is_refused(world, tmp_path):
     (["--groups", "nowhere.jsonl", "--run", "run"], ["nowhere.jsonl"]),
     (["--groups", "pairs.jsonl", "--run", "nowhere"], ["no run in nowhere/", "--train"]),
     (["--comvg", "pairs.jsonl", "--run", "run"], ["--comvg pairs.jsonl"]), (["--comvg", "nowhere.csv", "--run", "run"], ["--comvg nowhere.csv"]),
+    ([*TUNE, "--out", "new", "--comvg", "comvg.csv"], ["--train and --comvg do not go together"]),
+    ([*TUNE, "--out", "new", "--retrieval", "coco", "--groups", "pairs.jsonl"], ["--train and --retrieval do not go together"]),
+    (["coco/val2017/000000000001.jpg", "a man", *TUNE, "--out", "new"], ["--train and a picture do not go together"]),
+    (["--groups", "pairs.jsonl", "--retrieval", "coco", "--run", "run"], ["--retrieval and --groups do not go together"]),
     ([*TUNE, "--out", "run"], ["run/ holds a run already"]), ([*TUNE, "--out", "new", "--blocks", "7"], ["--blocks 7", "0 to 2"]),
     ([*TUNE, "--out", "new", "--heads", "x"], ["--heads x"]), ([*TUNE, "--out", "new", "--times", 500, 50], ["--times 500 50"]),
     ([*TUNE, "--out", "new", "--pool", "sum"], ["--pool sum", "lse"]),
@@ -486,6 +499,7 @@ def test_another_base_is_refused(world, tmp_path):
     ([*TUNE, "--out", "new", "--base", "nowhere"], ["nowhere"])])
 def test_slips_end_in_one_line(world, flags, said):
     refused(run("dsd.py", *flags, *FLAGS, cwd=world), *said)
+    assert not (world / "new").exists()
 
 
 def test_without_a_flag_comes_the_help(world):

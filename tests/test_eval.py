@@ -69,10 +69,15 @@ def test_compare_and_analyse_run_from_end_to_end_and_pick_up_finished_runs(tmp_p
         assert isinstance(results[name], (int, float)), name
     assert {"commit", "machine", "command"} <= set(results)
     assert (tmp_path / "runs" / "compare" / "samples" / "variants.png").exists()
-    monkeypatch.setattr(uvit_fusion, "train", None)                                      # nothing is trained the second time
-    assert run("uvit_fusion.py", "--compare", *flags, cwd=tmp_path)[0] == 0
-    status, out, errors = run("uvit_fusion.py", "--compare", *flags, "--lr", "0.1", cwd=tmp_path)
-    assert status == 2 and "lr" in errors
+    monkeypatch.setattr(grade, "step_costs", lambda variants, *_: {name: {"gflops": 1.0, "ms": 1.0} for name in variants})     # measured above
+    with monkeypatch.context() as patch:
+        patch.setattr(uvit_fusion, "train", None)                                        # nothing is trained the second time
+        assert run("uvit_fusion.py", "--compare", *flags, cwd=tmp_path)[0] == 0
+        status, out, errors = run("uvit_fusion.py", "--compare", *flags, "--lr", "0.1", cwd=tmp_path)
+        assert status == 2 and "lr" in errors
+    status, _, errors = run("uvit_fusion.py", "--compare", *flags, "--lr", "0.1", "--seeds", 1, "--no-cross", "--overwrite", cwd=tmp_path)
+    rates = {path.name: json.loads((path / "config.json").read_text())["lr"] for path in (tmp_path / "runs" / "compare").glob("early-*")}
+    assert status == 0 and rates == {"early-0": 0.1, "early-1": uvit_fusion.Settings.lr}, errors
     status, out, errors = run("uvit_fusion.py", "--analyse", "--run", "runs/compare/early-0", cwd=tmp_path)
     assert status == 0 and "in 0" in out and (tmp_path / "runs" / "compare" / "early-0" / "attention_rank.png").exists(), errors
 

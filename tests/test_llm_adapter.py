@@ -772,7 +772,7 @@ def other_llm(world):
 
 def test_a_run_refuses_another_llm(world, other_llm):
     refused(run("sample.py", "ein Mann", "--run", "run", *MACHINE, cwd=world), "run/", "another language model", "llm")
-    refused(adapt(world, "--resume"), "another language model")
+    refused(adapt(world, "--resume"), "run/ was begun from llm as it was then", "--overwrite")
 
 
 def test_a_missing_llm_ends_in_one_line_and_leaves_no_run(world):

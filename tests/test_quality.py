@@ -114,6 +114,14 @@ def test_statistics_are_numpys_and_a_set_is_at_no_distance_from_itself():
     assert grade.frechet_distance(*few, *few) < 1e-3
 
 
+def test_drawn_pictures_are_compared_with_as_many_real_ones(large_clip, coco):
+    clip, real = grade.ClipScorer(large_clip), [common.load_picture(path, 32) for path, _, _ in common.CaptionedImages(coco, "val", 32).items]
+    three, other = np.stack(real[:3]), np.stack(real[1:])
+    same, apart = grade.clip_distances(clip, coco, three, other)
+    one, two = (grade.statistics(clip.images(some).numpy()) for some in (three, other))
+    assert same < 1e-3 < apart and apart == pytest.approx(grade.frechet_distance(*one, *two), rel=1e-4)
+
+
 def test_cmmd_is_the_papers_and_needs_no_whole_matrix():
     x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (RNG.normal(size=(70, 16)), RNG.normal(size=(90, 16)) + 1))
 

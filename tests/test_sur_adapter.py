@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from test_llm_adapter import randomized, save_llm
 from test_training import TINY, refused
 
 import common
+import llm_adapter
 import sample
 import sur_adapter
 import uvit_fusion
@@ -365,7 +367,7 @@ def test_another_base_is_refused(world, clip_folder, tmp_path):
                             "--out", tmp_path / "other", *TINY, cwd=world)
     assert status == 0, errors
     refused(run("sample.py", "a man", "--run", tmp_path / "other", "--adapter", "run", cwd=world), "run/ was made for base", "--run")
-    refused(run("sample.py", "a man", "--run", "run", "--adapter", "run", cwd=world), "run of another adapter")
+    refused(run("sample.py", "a man", "--run", "run", "--adapter", "run", cwd=world), "run/ is a run of an adapter", "uvit_fusion.py")
     refused(run("sample.py", "a man", "--run", "base", "--adapter", "base", cwd=world), "base/config.json is no configuration")
     refused(run("sample.py", "a man", "--run", "base", "--adapter", "nowhere", cwd=world), "nowhere/config.json is missing")
 
@@ -393,4 +395,42 @@ def test_another_llm_in_the_same_place_is_refused_on_resuming(world, tmp_path):
         shutil.copytree(world / name, tmp_path / name)
     shutil.rmtree(tmp_path / "llm")
     save_llm(tmp_path / "llm", "LlamaForCausalLM", seed=5)
-    refused(train(tmp_path, "--resume"), "run/ was begun with another", "llm")
+    refused(train(tmp_path, "--resume"), "run/ was begun from llm as it was then", "--overwrite")
+
+
+# ----------------------------------------------------------------------------------------------------------- a comparison
+@pytest.mark.parametrize("method, ablations, flags", [
+    (sur_adapter, {"as_intended": {}, "no_prompt": {"prompt_weight": 0.0}}, [*FLAGS, "--steps", 3]),
+    (llm_adapter, {"adapter": ({}, (1,)), "no_mask": ({"mask": False}, (1,))},
+     ["--width", 16, "--heads", 2, "--encoder-blocks", 1, "--decoder-blocks", 1, "--batch", 4, 4, 4, "--steps", 3, 1, 1, *FLAGS[-4:]])])
+def test_a_comparison_keeps_what_is_finished_and_goes_on_with_the_rest(tmp_path, clip_folder, monkeypatch, method, ablations, flags):
+    shapes.build_quality(shapes.build(tmp_path / "data" / "shapes", 24, train=30, val=12), 24, count=4)
+    save_llm(tmp_path / "llm", "LlamaForCausalLM")
+    status, _, errors = run("uvit_fusion.py", "--train", "--data", "data/shapes", "--clip", clip_folder, "--steps", 2, "--out", "base", *TINY,
+                            "--size", 24, cwd=tmp_path)
+    assert status == 0, errors
+    steps, follow = [], common.follow
+
+    def interrupted(*values):                                                 # by a Ctrl-C, in the second step of the second run
+        follow(*values)
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(common, "follow", interrupted)
+    monkeypatch.setattr(method, "ABLATIONS", ablations)
+
+    def compare(*more):
+        return run(f"{method.__name__}.py", "--compare", "--base", "base", "--llm", "llm", "--out", "compared", "--samples", 4, "--sample-steps", 2,
+                   *flags, *more, cwd=tmp_path)
+
+    def read(name, file):
+        return json.loads((tmp_path / "compared" / name / file).read_text())
+    assert compare()[0] == 130 and len(steps) == 5
+    status, table, errors = compare()
+    assert status == 0 and len(steps) == 6, errors
+    figures = read("", "results.json")
+    assert all(name in table and {name, f"{name}_ci"} <= set(figures) for name in ablations)
+    assert compare()[:2] == (0, table) and len(steps) == 6 and read("", "results.json") == figures
+    refused(compare("--seed", 1), "was made with seed = 0, now it is 1")
+    status, _, errors = compare("--seed", 1, "--overwrite")
+    assert status == 0 and len(steps) == 12 and all(read(name, "config.json")["seed"] == 1 for name in ablations), errors
