@@ -204,7 +204,7 @@ def load_pictures(paths, side):
     pictures = []
     for path in paths:
         try:
-            pictures.append(torch.from_numpy(common.load_picture(path, side).copy()).permute(2, 0, 1))
+            pictures.append(torch.from_numpy(common.load_picture(path, side)).permute(2, 0, 1))
         except common.BROKEN as error:
             raise UserError(f"{path} cannot be read as a picture ({error})") from None
     return torch.stack(pictures)

@@ -484,7 +484,6 @@ def run(s, painter, dataset, data, folder, options, samples=512):
         common.write_json(folder / "uvit.json", dataclasses.asdict(painter.settings))
         state = {"round": 0, "precision": str(painter.precision)}
         save_state(folder, state)
-    check_base(folder, s)
     if state["round"]:
         weights = folder / f"round{state['round']}.safetensors"
         common.load_into(painter.model, common.read_weights(weights, weights), weights)
@@ -521,12 +520,6 @@ def run(s, painter, dataset, data, folder, options, samples=512):
         look(n + 1)
 
 
-def check_base(folder, s):
-    """Raises UserError if the run in a folder was begun from other weights of its base."""
-    if common.read_json(folder / "config.json")["base_identity"] != s.base_identity:
-        raise UserError(f"{folder}/ was begun from {s.base} as it was then, which is now another: --overwrite to start anew, or another --out")
-
-
 def save_state(folder, state):
     with common.whole(folder / "state.pt") as unfinished:
         torch.save(state, unfinished)
@@ -558,12 +551,11 @@ def measure(painter, data, samples, steps, few=64, each=8):
     import eval as grade
     scenes, captions, unseen = grade.validation_prompts(data, painter.settings.size, samples)
     pictures = painter.draw(captions, steps=steps, progress=True)
-    clip, dataset = grade.ClipScorer(painter.settings.clip, painter.device), common.CaptionedImages(data, "val", painter.side)
-    real = torch.stack([dataset.picture(i) for i in range(len(scenes))]).permute(0, 2, 3, 1)
-    drawn, true = (grade.statistics(clip.images(some).cpu().numpy()) for some in (pictures, real))
+    clip = grade.ClipScorer(painter.settings.clip, painter.device)
+    (distance,) = grade.clip_distances(clip, data, pictures)
     varied = diversity(painter.draw([caption for caption in captions[:few] for _ in range(each)], steps=steps, seed=5), clip, each)
     return grade.judged(pictures, scenes, unseen)[1]["all"], {
-        "distance": grade.frechet_distance(*true, *drawn), "diversity": varied[0], "clip_diversity": varied[1]}
+        "distance": distance, "diversity": varied[0], "clip_diversity": varied[1]}
 
 
 def real_diversity(clip_path, data, side, few=64, each=8):
@@ -610,7 +602,7 @@ COMPARED = {                                                                  # 
 }
 
 
-def compare(s, dataset, data, folder, args):
+def compare(s, dataset, data, folder, args, options):
     """Runs each way to choose with the same budget, judges it on the same captions and noise, and prints one table.
 
     A run that is finished is kept, and one that was interrupted goes on, so the command can be given again.
@@ -621,8 +613,7 @@ def compare(s, dataset, data, folder, args):
     for name, change in {"start": None, **COMPARED}.items():
         one, out = dataclasses.replace(s, **change or {}), folder / name
         if change is not None:
-            begun = (out / "state.pt").exists() and not args.overwrite
-            run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out, common.Options(resume=begun, overwrite=True))
+            run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out, common.pick_up(options, out))
         painter = sample.load_run(s.base if change is None else out, args.device, args.precision)
         right[name], seen = measure(painter, data, args.samples, s.sample_steps)
         figures |= grade.percent(name, right[name]) | {f"{name}_{what}": value for what, value in seen.items()}
@@ -644,13 +635,9 @@ def main():
     action.add_argument("--train", action="store_true", help="all rounds; on the toy world, what was gained, as a table")
     action.add_argument("--compare", action="store_true", help="the same with each reward alone, and with none (long)")
     action.add_argument("--analyse", action="store_true", help="how often each reward sets a right caption above a wrong one")
-    parser.add_argument("--preset", default="toy", help=f"settings to start from: {' or '.join(PRESETS)} (default toy)")
-    parser.add_argument("--out", help="run folder (default runs/fine_rewards; --compare: runs/rewards_compare)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, in the round and step where it stopped")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out captions to grade (default %(default)s)")
-    common.add_machine_flags(parser)
-    common.add_setting_flags(parser.add_argument_group("settings"), Settings)
+    common.add_training_flags(parser, Settings, PRESETS, "run folder (default runs/fine_rewards; --compare: runs/rewards_compare; --analyse: "
+                              "runs/rewards_analyse)", "resume", "overwrite")
     args = parser.parse_args()
     if not (args.train or args.compare or args.analyse):
         parser.print_help()
@@ -658,7 +645,7 @@ def main():
     import eval as grade
     import sample
     import toy
-    s, options = common.make_settings(Settings, PRESETS, args), common.Options(resume=args.resume, overwrite=args.overwrite)
+    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/fine_rewards" if args.train else "runs/rewards_compare" if args.compare else "runs/rewards_analyse"))
     if args.train:
         common.check_run(folder, options)
@@ -671,7 +658,7 @@ def main():
     s, begin = dataclasses.replace(s, base_identity=common.fingerprint(base.model)), time.time()
     dataset = base.data(data, "train")
     if args.compare:
-        compare(s, dataset, data, folder, args)
+        compare(s, dataset, data, folder, args, options)
         return
     if args.analyse:
         grade.write_results(folder, analyse(s, base, data, args.samples))

@@ -436,6 +436,7 @@ ABLATIONS = {                                                                # n
     "layer_middle": ({"llm_layer": 2}, (1,)),
     "layer_last": ({"llm_layer": -1}, (1,)),
     "no_mask": ({"mask": False}, (1,)),
+    "no_window": ({"window": 1}, (1,)),
     "mlp": ({"adapter": "mlp"}, (1,)),
     "no_stage_1": ({}, (2,)),
 }
