@@ -548,12 +548,20 @@ def random_inputs(s, batch, device):
 
 
 def step_costs(variants, device, precision, batch=None, rounds=10, compiled=False):
-    """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch, peak}}.
+    """What a training step and a drawn picture cost: {name: {parameters, gflops, ms, sample_ms, batch, peak, products}}.
 
     variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take
     turns and the median over `rounds` counts, so that a passing load hits all alike; so does the matrix-product peak (operations a second)
-    that is measured among them. sample_ms: a picture in 20 guided steps.
+    that is measured among them. sample_ms: a picture in 20 guided steps; products: the share of a step that matrix products take, on a CPU.
     """
+    def step(network, model, optimizers, x, *more):
+        with common.autocast(device, precision):
+            loss = (network(x, *more).float() - x).square().mean()
+        model.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        common.synchronize(device)
     costs, runs, peaks = {}, {}, []
     for name, s in variants.items():
         torch.manual_seed(0)
@@ -567,13 +575,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
         for name, (model, network, optimizers, (x, t, text, mask), few, times, draws) in runs.items():
             common.synchronize(device)
             begin = time.perf_counter()
-            with common.autocast(device, precision):
-                loss = (network(x, t, text, mask).float() - x).square().mean()
-            model.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            common.synchronize(device)
+            step(network, model, optimizers, x, t, text, mask)
             times.append(time.perf_counter() - begin)
             if n % 4 == 2:
                 s, (x, t, text, mask) = variants[name], few
@@ -583,7 +585,11 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
                     uvit_fusion.Diffusion(s.schedule, s.target).sample(guided, x, 20)
                 common.synchronize(device)
                 draws.append((time.perf_counter() - begin) / len(x))
-    for name, (*_, times, draws) in runs.items():
+    for name, (model, network, optimizers, inputs, _, times, draws) in runs.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            step(network, model, optimizers, *inputs)
+        spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+        costs[name]["products"] = sum(spent.get(f"aten::{kind}", 0) for kind in ("mm", "addmm", "bmm", "baddbmm")) / sum(spent.values())
         costs[name] |= {"ms": 1e3 * float(np.median(times[2:])), "sample_ms": 1e3 * float(np.median(draws)), "peak": float(np.median(peaks))}
     return costs
 
@@ -649,17 +655,18 @@ def cost(device, precision, batch, compiled=False, folder="runs/cost"):
         variants = {name: dataclasses.replace(base, image_blocks=v, caption_blocks=c, fusion=f) for name, (v, c, f) in sweep.items()}
         costs = step_costs(variants, device, precision, size, rounds=40 if preset == "toy" else 8, compiled=compiled)
         early = costs["early"]
-        rows = [["", "v", "c", "M parameters", "GFLOPs", "saved, %", "ms a step", "speed-up", "% of peak", "ms a picture"]]
+        rows = [["", "v", "c", "M parameters", "GFLOPs", "saved, %", "ms a step", "speed-up", "% of peak", "products, %", "ms a picture"]]
         for name, got in costs.items():
             saved, faster = 100 * (1 - got["gflops"] / early["gflops"]), early["ms"] / got["ms"]
             mfu = 100 * 3 * got["gflops"] * 1e9 * size / (got["ms"] / 1e3) / got["peak"]               # backward costs twice a forward
             rows.append([name, *sweep[name][:2], f"{got['parameters'] / 1e6:.2f}", f"{got['gflops']:.3f}", saved, got["ms"], f"{faster:.2f}",
-                         mfu, got["sample_ms"]])
+                         mfu, 100 * got["products"] if not gpu else "", got["sample_ms"]])
             if name in ("early", "intermediate"):
                 figures |= {f"{gpu}{prefix}{name}_{what}": got[what] for what in ("gflops", "ms", "sample_ms")}
             if name == "intermediate":
                 figures |= {f"{gpu}{prefix}v": v, f"{gpu}{prefix}c": c, f"{gpu}{prefix}flops_saved_percent": saved,
                             f"{gpu}{prefix}step_speedup": faster, f"{gpu}{prefix}mfu_percent": mfu}
+                figures |= {} if gpu else {f"{prefix}products_percent": 100 * got["products"]}
         print_table(rows, f"preset {preset}, training batch {size}; a picture: 20 guided steps; matrix-product peak of {machine()} in "
                           f"{str(precision)[6:]}: {early['peak'] / 1e12:.2f} TFLOP/s")
     figures |= {f"{gpu}{name}": value for name, value in loader_costs(size, costs["intermediate"]["ms"]).items()}
@@ -795,7 +802,7 @@ def main():
                         help="captions to draw and grade (default 2048; --quality: 30 000, or all held-out captions if they are fewer)")
     parser.add_argument("--steps-curve", action="store_true", help="accuracy against sampling steps for the three samplers, instead (512 samples)")
     parser.add_argument("--cost", action="store_true", help="measure what early and intermediate fusion cost, instead")
-    parser.add_argument("--batch", type=common.positive, default=8, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
+    parser.add_argument("--batch", type=common.positive, default=32, help="--cost: training batch at the size coco on a CPU (default %(default)s)")
     parser.add_argument("--compile", action="store_true", help="--cost: torch.compile (needs a C++ compiler on CPUs)")
     looks = parser.add_argument_group("picture quality")
     looks.add_argument("--quality", action="store_true", help="measure CLIP score, CMMD and FID, instead; interrupted, it goes on at a second start")

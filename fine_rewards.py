@@ -14,7 +14,8 @@ belongs into the scene. Rewards of different kinds have no common unit, so they 
     chosen    = argmin_k sum_r weight_r rank_r(k), the first of equals                  one picture a prompt
     L         = | network(x_t, t, p) - target |^2 on the chosen pictures, LoRA on all attention, nothing else moves
 
-A round draws with the network as it is, scores, chooses and tunes; the next begins with what came out (RAFT, reward-ranked fine-tuning).
+A round draws with the network as it is, scores, chooses and tunes on all that has been chosen so far; the next begins with what came out (RAFT,
+reward-ranked fine-tuning).
 
     python fine_rewards.py --train                            # from the half-trained flagship: 9 min on two CPU cores, from 52 to 78 % right
     python fine_rewards.py --compare                          # each reward alone, their sum, random ones, real pictures
@@ -28,9 +29,11 @@ Differs from the paper (its released code in brackets):
     list numbers among them, one conversation for all pictures].
  4. The CLIP and the aesthetic reward are open models' [a CLIP tuned to human preference]; toy: caption, SAM and CLIP reward vote, with weights
     1, 0.5 and 1. None of them sees relations there: the captioner tells them, but the tiny CLIP, which compares the texts, does not.
- 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 32 [4], AdamW 2e-3 [9e-6], batches of 64 [8], four rounds [two], and of
-    the chosen pictures the best 80 % [all].
- 6. The network is tuned with captions dropped as it was trained [not known].
+ 5. toy: a U-ViT stopped half-way [Stable Diffusion 1.5], LoRA of rank 32 [4], AdamW 2e-3 [9e-6], batches of 64 [8], and of the chosen pictures
+    the best 80 % [all].
+ 6. The network is tuned with captions dropped as it was trained, and on the pictures of all rounds so far [not known].
+ 7. toy: candidates are drawn with little guidance, and the tuned network draws with none [not known]. Strong guidance takes variety from the
+    candidates, the tuned network passes that on, and guiding that again takes more.
 """
 import argparse
 import copy
@@ -81,11 +84,12 @@ class Settings:
     keep: float = setting(0.8, "share of the prompts, those whose chosen pictures rank best among all, that are learnt from", above=0, high=1)
     smallest: float = setting(0.012, "parts below this share of a picture are not counted", low=0, high=1)
     # the rounds
-    rounds: int = setting(4, "R, times that candidates are drawn and learnt from", low=1)
-    prompts: int = setting(1000, "a round", low=1)
+    rounds: int = setting(2, "R, times that candidates are drawn and learnt from", low=1)
+    prompts: int = setting(2000, "a round", low=1)
     sample_steps: int = setting(10, "network evaluations a candidate", low=1)
-    guidance: float = setting(1.5, "w that candidates are drawn with: what a strong one leaves out is not learnt again", low=0)
-    steps: int = setting(300, "training steps a round", low=1)
+    candidate_guidance: float = setting(1.5, "w that candidates are drawn with", low=0)
+    guidance: float = setting(1.0, "w that the tuned network draws with: what guidance of the candidates did it has learnt (1: none)", low=0)
+    steps: int = setting(400, "training steps a round", low=1)
     batch: int = setting(64, "pictures a step", low=1)
     rank: int = setting(32, "of LoRA, on q, k, v and out of all attention", low=1)
     lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
@@ -113,8 +117,8 @@ PRESETS = {
     "toy": {},
     "paper": dict(base="runs/coco256", captioner="Salesforce/blip2-opt-2.7b", segmenter="nvidia/segformer-b0-finetuned-ade-512-512",
                   sam="facebook/sam-vit-base", llm="lmsys/vicuna-7b-v1.5", clip_model="openai/clip-vit-large-patch14", instruction="paper",
-                  weights=(1.0, 1.0, 0.0, 0.0), keep=1.0, rounds=2, sample_steps=50, prompts=10_000, steps=5000, batch=8, rank=4, lr=9e-6,
-                  warmup=0, decay=0.0, data="coco"),
+                  weights=(1.0, 1.0, 0.0, 0.0), keep=1.0, rounds=2, sample_steps=50, candidate_guidance=2.0, guidance=2.0, prompts=10_000, steps=5000,
+                  batch=8, rank=4, lr=9e-6, warmup=0, decay=0.0, data="coco"),
 }
 
 
@@ -335,7 +339,8 @@ def draw_and_score(s, painter, rewards, prompts, folder, n, batch=None):
 
     def drawn(note):
         for start in range(note["done"], len(prompts), batch):
-            pictures = painter.draw(repeated(start), steps=s.sample_steps, guidance=s.guidance, seed=s.seed + 1 + n, first=start * s.candidates)
+            pictures = painter.draw(repeated(start), steps=s.sample_steps, guidance=s.candidate_guidance, seed=s.seed + 1 + n,
+                                    first=start * s.candidates)
             yield pictures.reshape(-1, s.candidates, *pictures.shape[1:])
 
     def scored(note):
@@ -545,6 +550,16 @@ def diversity(pictures, clip, each):
     return tuple(float(some.mean()) * each / (each - 1) for some in (apart, 1 - features @ features.mT))                    # 0 on the diagonal
 
 
+def start(s, args):
+    """The painter that a run begins with: the base, which draws with the guidance that the run ends with."""
+    import sample
+    painter = sample.load_or_train(s.base, args.device, args.precision)
+    if not isinstance(painter.encoder, common.TextEncoder):
+        raise UserError(f"--base {s.base} is a run of an adapter, which reads text in its own way: take one of uvit_fusion.py")
+    painter.settings = dataclasses.replace(painter.settings, guidance=s.guidance)
+    return painter
+
+
 def measure(painter, data, samples, steps, few=64, each=8):
     """Held-out captions, picture i from noise i: verdicts of the judge (N,), and {tiny-CLIP "distance" to real pictures, "diversity",
     "clip_diversity"}, the latter of `each` pictures of the first `few` captions."""
@@ -613,8 +628,8 @@ def compare(s, dataset, data, folder, args, options):
     for name, change in {"start": None, **COMPARED}.items():
         one, out = dataclasses.replace(s, **change or {}), folder / name
         if change is not None:
-            run(one, sample.load_run(s.base, args.device, args.precision), dataset, data, out, common.pick_up(options, out))
-        painter = sample.load_run(s.base if change is None else out, args.device, args.precision)
+            run(one, start(s, args), dataset, data, out, common.pick_up(options, out))
+        painter = start(s, args) if change is None else sample.load_run(out, args.device, args.precision)
         right[name], seen = measure(painter, data, args.samples, s.sample_steps)
         figures |= grade.percent(name, right[name]) | {f"{name}_{what}": value for what, value in seen.items()}
         gained = grade.percent("", right[name] - right["start"]).values() if change is not None else ("", "")
@@ -643,15 +658,12 @@ def main():
         parser.print_help()
         return
     import eval as grade
-    import sample
     import toy
     s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/fine_rewards" if args.train else "runs/rewards_compare" if args.compare else "runs/rewards_analyse"))
     if args.train:
         common.check_run(folder, options)
-    base = sample.load_or_train(s.base, args.device, args.precision)
-    if not isinstance(base.encoder, common.TextEncoder):
-        raise UserError(f"--base {s.base} is a run of an adapter, which reads text in its own way: take one of uvit_fusion.py")
+    base = start(s, args)
     data = toy.prepare(s.data, base.settings.clip, base.side, s.llm, s.captioner, s.segmenter)
     if not args.train and s.data != "shapes":
         raise UserError("--compare and --analyse grade with the exact judge of the toy world: without --data")
@@ -671,9 +683,12 @@ def main():
         return
     seconds, (before, first), (after, last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
     real = real_diversity(base.settings.clip, data, base.side)
-    figures = grade.percent("start", before) | grade.percent("final", after) | grade.percent("gain", after - before)
-    rows = [[f"{len(before)} held-out captions", "start", "after", "+-", "real"],
-            ["all right, %", figures["start"], figures["final"], figures["final_ci"], ""]]
+    own_guidance = common.read_settings(uvit_fusion.Settings, base.folder).guidance
+    own = grade.alignment(base, data, args.samples, {"steps": s.sample_steps, "guidance": own_guidance})[1]["all"]
+    figures = grade.percent("start", before) | grade.percent("final", after) | grade.percent("gain", after - before) | grade.percent("start_own", own)
+    rows = [[f"{len(before)} held-out captions, guidance {s.guidance:g}", "start", "after", "+-", "real"],
+            ["all right, %", figures["start"], figures["final"], figures["final_ci"], ""],
+            [f"with the base's own guidance, {own_guidance:g}", figures["start_own"], "", "", ""]]
     for name, label in (("distance", "tiny-CLIP distance to real pictures"), ("diversity", "between pictures of one caption: of pixels"),
                         ("clip_diversity", "of tiny-CLIP features")):
         seen = {"start": first, "final": last, "real": real}

@@ -843,13 +843,23 @@ def test_a_run_on_the_toy_world_ends_with_its_figures(world):
     assert status == 0, errors
     figures = json.loads((world / "graded" / "results.json").read_text())
     expected = {"start", "start_ci", "final", "final_ci", "gain", "gain_ci", "distance_start", "distance_final", "seconds", "commit", "machine",
-                "command", *(f"{clip}diversity_{when}" for clip in ("", "clip_") for when in ("start", "final", "real"))}
+                "command", "start_own", "start_own_ci", *(f"{clip}diversity_{when}" for clip in ("", "clip_") for when in ("start", "final", "real"))}
     assert expected == set(figures) and abs(figures["gain"] - (figures["final"] - figures["start"])) < 0.01
     for words in ("pictures a second", "share of the time, %", "caption", "chosen", "gained, picture by picture"):
         assert words in out, words
     refused(command(world, out="graded"), "graded/ holds a run already", "--resume")
     status, out, errors = command(world, "--resume", out="graded")
     assert status == 0 and "learning" not in errors, errors
+
+
+def test_a_run_draws_candidates_with_one_guidance_and_its_pictures_with_another(world, painter):
+    status, _, errors = command(world, "--candidate-guidance", 3, "--guidance", 2, "--rounds", 1, out="guided")
+    assert status == 0, errors
+    prompts = json.loads((world / "guided" / "round1" / "candidates.json").read_text())["prompts"]
+    first = np.load(world / "guided" / "round1" / "candidates.npy")[0]
+    drawn = {w: painter.draw(prompts[:1] * 2, steps=1, guidance=w, seed=1).astype(int) for w in (1, 2, 3)}
+    assert np.abs(drawn[3] - first).max() <= 1 < min(np.abs(drawn[w] - first).max() for w in (1, 2))
+    assert sample.load_run(world / "guided", "cpu", "fp32").settings.guidance == 2 and painter.settings.guidance == 1
 
 
 def test_all_ways_to_choose_are_compared_in_one_table_and_finished_ones_are_kept(world, monkeypatch):
