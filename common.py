@@ -138,7 +138,7 @@ def load_picture(path, size):
         pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     side = min(pixels.shape[:2])
     top, left = ((length - side) // 2 for length in pixels.shape[:2])
-    square = torch.from_numpy(pixels[top:top + side, left:left + side].copy())                      # (side, side, 3)
+    square = torch.from_numpy(pixels[top:top + side, left:left + side].copy())                      # a copy, since Pillow's memory is read-only
     if side == size:
         return square.numpy()
     return F.interpolate(square.permute(2, 0, 1)[None], (size, size), mode="lanczos", antialias=True)[0].permute(1, 2, 0).numpy()
@@ -839,7 +839,7 @@ def open_run(folder, settings, options, precision=None):
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"{folder}/state.pt is damaged ({str(error).splitlines()[0]}): start anew with --overwrite") from None
-        if precision and state["precision"] != str(precision):
+        if precision and state.get("precision", str(precision)) != str(precision):
             raise UserError(f"--resume: {folder}/ was trained in {state['precision']}, now it would be in {precision}: name it with --precision")
         return state
     check_run(folder, options)

@@ -597,6 +597,7 @@ def main():
     options.save_every = 100
     folder, known = Path(args.out or "runs/dsd"), s.data == "shapes"
     common.check_run(folder, options)
+    more = grade.read_groups(args.groups) if args.groups else []
     painter = sample.load_or_train(s.base, args.device, args.precision)
     begin = time.time() if known else begin                                   # without the flagship, which may have been trained first
     data = toy.prepare(s.data, painter.settings.clip, painter.side)
@@ -623,8 +624,8 @@ def main():
         rank_texts(matcher, group["pictures"][0], [right, *texts[:3]], s, folder / "samples" / "attention.png")
         grade.write_results(folder, figures | {"seconds": time.time() - begin, "peak_memory_mb": grade.peak_memory_mb()})
         print(f"{time.time() - begin:.0f} s beyond the flagship; figures in {folder / 'results.json'}")
-    if args.groups:
-        grade.write_results(folder, grade_groups(grade.read_groups(args.groups), matcher, s, args.groups))
+    if more:
+        grade.write_results(folder, grade_groups(more, matcher, s, args.groups))
 
 
 if __name__ == "__main__":

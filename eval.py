@@ -97,7 +97,7 @@ def interval(values):
 
 
 def percent(name, verdicts):
-    """{name: how many of the verdicts, 0 or 1, are 1, in %, name_ci: half of the 95 % interval}; nan are left out."""
+    """{name: 100 times the mean of verdicts (0 or 1) or of their differences, name_ci: half of its 95 % interval}; nan are left out."""
     return {name: 100 * float(np.nanmean(verdicts)), f"{name}_ci": 100 * float(interval(verdicts))}
 
 
@@ -298,7 +298,8 @@ def clip_distances(clip, data, *drawn):
     them to what it sees in the first N validation pictures."""
     dataset = common.CaptionedImages(data, "val", drawn[0].shape[1])
     real = torch.stack([dataset.picture(i) for i in range(len(drawn[0]))]).permute(0, 2, 3, 1)
-    target, *found = (statistics(clip.images(pictures).cpu().numpy()) for pictures in (real, *drawn))
+    target, *found = (statistics(np.concatenate([clip.images(part).cpu().numpy() for part in torch.as_tensor(pictures).split(256)]))
+                      for pictures in (real, *drawn))
     return [frechet_distance(*target, *some) for some in found]
 
 
@@ -552,7 +553,8 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
 
     variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take
     turns and the median over `rounds` counts, so that a passing load hits all alike; so does the matrix-product peak (operations a second)
-    that is measured among them. sample_ms: a picture in 20 guided steps; products: the share of a step that matrix products take, on a CPU.
+    that is measured among them. sample_ms: a picture in 20 guided steps; products: on a CPU, the share
+    of a step that matrix products take (in fp32 without those of attention, which are inside the fused kernel).
     """
     def step(network, model, optimizers, x, *more):
         with common.autocast(device, precision):
@@ -586,10 +588,11 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
                 common.synchronize(device)
                 draws.append((time.perf_counter() - begin) / len(x))
     for name, (model, network, optimizers, inputs, _, times, draws) in runs.items():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            step(network, model, optimizers, *inputs)
-        spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
-        costs[name]["products"] = sum(spent.get(f"aten::{kind}", 0) for kind in ("mm", "addmm", "bmm", "baddbmm")) / sum(spent.values())
+        if device.type == "cpu":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                step(network, model, optimizers, *inputs)
+            spent = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+            costs[name]["products"] = sum(spent.get(f"aten::{kind}", 0) for kind in ("mm", "addmm", "bmm", "baddbmm")) / sum(spent.values())
         costs[name] |= {"ms": 1e3 * float(np.median(times[2:])), "sample_ms": 1e3 * float(np.median(draws)), "peak": float(np.median(peaks))}
     return costs
 
@@ -660,13 +663,13 @@ def cost(device, precision, batch, compiled=False, folder="runs/cost"):
             saved, faster = 100 * (1 - got["gflops"] / early["gflops"]), early["ms"] / got["ms"]
             mfu = 100 * 3 * got["gflops"] * 1e9 * size / (got["ms"] / 1e3) / got["peak"]               # backward costs twice a forward
             rows.append([name, *sweep[name][:2], f"{got['parameters'] / 1e6:.2f}", f"{got['gflops']:.3f}", saved, got["ms"], f"{faster:.2f}",
-                         mfu, 100 * got["products"] if not gpu else "", got["sample_ms"]])
+                         mfu, 100 * got["products"] if "products" in got else "", got["sample_ms"]])
             if name in ("early", "intermediate"):
                 figures |= {f"{gpu}{prefix}{name}_{what}": got[what] for what in ("gflops", "ms", "sample_ms")}
             if name == "intermediate":
                 figures |= {f"{gpu}{prefix}v": v, f"{gpu}{prefix}c": c, f"{gpu}{prefix}flops_saved_percent": saved,
                             f"{gpu}{prefix}step_speedup": faster, f"{gpu}{prefix}mfu_percent": mfu}
-                figures |= {} if gpu else {f"{prefix}products_percent": 100 * got["products"]}
+                figures |= {f"{prefix}products_percent": 100 * got["products"]} if "products" in got else {}
         print_table(rows, f"preset {preset}, training batch {size}; a picture: 20 guided steps; matrix-product peak of {machine()} in "
                           f"{str(precision)[6:]}: {early['peak'] / 1e12:.2f} TFLOP/s")
     figures |= {f"{gpu}{name}": value for name, value in loader_costs(size, costs["intermediate"]["ms"]).items()}

@@ -17,8 +17,9 @@ belongs into the scene. Rewards of different kinds have no common unit, so they 
 A round draws with the network as it is, scores, chooses and tunes on all that has been chosen so far; the next begins with what came out (RAFT,
 reward-ranked fine-tuning).
 
-    python fine_rewards.py --train                            # from the half-trained flagship: 9 min on two CPU cores, from 52 to 78 % right
+    python fine_rewards.py --train                            # from the half-trained flagship: 11 min on two CPU cores, from 61 to 76 % right
     python fine_rewards.py --compare                          # each reward alone, their sum, random ones, real pictures
+    python fine_rewards.py --analyse                          # how often each reward sets a right caption above a wrong one
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
 
@@ -88,7 +89,7 @@ class Settings:
     prompts: int = setting(2000, "a round", low=1)
     sample_steps: int = setting(10, "network evaluations a candidate", low=1)
     candidate_guidance: float = setting(1.5, "w that candidates are drawn with", low=0)
-    guidance: float = setting(1.0, "w that the tuned network draws with: what guidance of the candidates did it has learnt (1: none)", low=0)
+    guidance: float = setting(1.0, "w that the tuned network draws with (1: none, since it has learnt from guided candidates)", low=0)
     steps: int = setting(400, "training steps a round", low=1)
     batch: int = setting(64, "pictures a step", low=1)
     rank: int = setting(32, "of LoRA, on q, k, v and out of all attention", low=1)
@@ -101,7 +102,7 @@ class Settings:
     seed: int = setting(0, "of prompts, noise and order", low=0, high=10**6)
     # where the prompts come from
     data: str = setting("shapes", '"shapes" (the toy world), a folder in the layout of MS-COCO, or one of pictures with a .txt beside each')
-    base_identity: str = ""        # of the network that is tuned, down to its weights; set from it
+    base_identity: str = ""        # of the network that is tuned and its text encoder, down to the weights; set from them
     method: str = "fine_rewards"
 
     def __post_init__(self):
@@ -411,9 +412,8 @@ def tune(s, painter, pictures, prompts, folder, n, state, save_every=100):
             metrics.add(step, mean, optimizer.param_groups[0]["lr"])
             progress.set_postfix(loss=f"{mean:.4f}")
             if interrupt.asked or step % save_every == 0:
-                with common.whole(folder / "state.pt") as unfinished:
-                    torch.save({"round": n, "precision": str(painter.precision), "step": step, "tuned": tuned.state_dict(),
-                                "optimizer": optimizer.state_dict()}, unfinished)
+                save_state(folder, {"round": n, "precision": str(painter.precision), "step": step, "tuned": tuned.state_dict(),
+                                    "optimizer": optimizer.state_dict()})
             if interrupt.asked:
                 print(f"stopped after step {step} of round {n + 1}; to go on: the same command with --resume")
                 sys.exit(130)
@@ -442,7 +442,7 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
 def best_of_round(s, painter, rewards, dataset, folder, n):
     """What round n has to learn from: pictures as `Painter.to_x_0` takes them, (N, ...), and their prompts. Leaves a table and a picture.
 
-    Candidates and scores stay in the folder of the round; they may be deleted once the round is done.
+    candidates.npy and scores.npy stay in the folder of the round and may be deleted once it is done; chosen.pt, of which later rounds learn, not.
     """
     import eval as grade
     places, prompts = round_prompts(s, dataset, n)
@@ -507,8 +507,10 @@ def run(s, painter, dataset, data, folder, options, samples=512):
     if state["round"] not in dict(metrics.column("judged")):                  # also where that look was interrupted
         look(state["round"])
     pictures, prompts = [], []                                                # of all rounds so far: variety, which one round has too little of
-    for n in range(s.rounds):
+    for n in range(s.rounds if state["round"] < s.rounds else 0):
         learnt = folder / f"round{n + 1}" / "chosen.pt"
+        if n < state["round"] and not learnt.exists():
+            raise UserError(f"{learnt} is gone, of which the further rounds learn too: put it back, or start anew with --overwrite")
         if not learnt.exists():
             best = best_of_round(s, painter, rewards, dataset, folder, n)
             with common.whole(learnt) as unfinished:
@@ -546,17 +548,15 @@ def diversity(pictures, clip, each):
     in a picture things stand; the first sees that.
     """
     pixels, features = torch.from_numpy(pictures).flatten(1).float().div(255).unflatten(0, (-1, each)), clip.images(pictures).unflatten(0, (-1, each))
-    apart = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[-1]**0.5                # (prompts, each, each)
-    return tuple(float(some.mean()) * each / (each - 1) for some in (apart, 1 - features @ features.mT))                    # 0 on the diagonal
+    apart = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[-1]**0.5      # exactly 0 on the diagonal
+    return tuple(float(some.mean()) * each / (each - 1) for some in (apart, 1 - features @ features.mT))
 
 
-def start(s, args):
+def starting_painter(s, args):
     """The painter that a run begins with: the base, which draws with the guidance that the run ends with."""
     import sample
     painter = sample.load_or_train(s.base, args.device, args.precision)
-    if not isinstance(painter.encoder, common.TextEncoder):
-        raise UserError(f"--base {s.base} is a run of an adapter, which reads text in its own way: take one of uvit_fusion.py")
-    painter.settings = dataclasses.replace(painter.settings, guidance=s.guidance)
+    painter.settings, painter.own_guidance = dataclasses.replace(painter.settings, guidance=s.guidance), painter.settings.guidance
     return painter
 
 
@@ -589,15 +589,17 @@ def analyse(s, painter, data, samples):
     """
     import eval as grade
     from toy import shapes
+    if not any(s.weights):
+        raise UserError(f"--analyse: one of {', '.join(REWARDS)} must have a --weights above 0")
     rewards, rng = Rewards(s, painter.settings.clip, painter.device, painter.precision), random.Random(0)
     dataset, (scenes, captions, _) = common.CaptionedImages(data, "val", painter.side), grade.validation_prompts(data, painter.settings.size, samples)
     rows, figures = [["right above wrong, %", *rewards.names, "all"]], {}
     for field in ("count", "colour", "shape", "relation"):
-        places = [i for i, scene in enumerate(scenes) if scene.relation or field != "relation"]
-        pictures = torch.stack([dataset.picture(i) for i in places]).permute(0, 2, 3, 1).numpy()
-        wrong = [shapes.sentence(shapes.change_field(scenes[i], field, rng), rng) for i in places]
-        both = [rewards(pictures, told)[0] for told in ([captions[i] for i in places], wrong)]
-        values = {name: np.stack([some[name] for some in both], axis=1) for name in rewards.names}                              # (N, 2)
+        found = []
+        for i in (i for i, scene in enumerate(scenes) if scene.relation or field != "relation"):
+            wrong, picture = shapes.sentence(shapes.change_field(scenes[i], field, rng), rng), dataset.picture(i).permute(1, 2, 0).numpy()
+            found.append(rewards(np.stack([picture] * 2), [captions[i], wrong])[0])
+        values = {name: np.stack([some[name] for some in found]) for name in rewards.names}                                     # (N, 2)
         ahead = {name: some[:, 0] - some[:, 1] for name, some in values.items()} | {"all": np.subtract(*assemble(s, values).T[::-1])}
         found = {f"{field}_{name}": 50 * float(1 + np.sign(some).mean()) for name, some in ahead.items()}
         rows.append([field, *found.values()])
@@ -609,11 +611,11 @@ def analyse(s, painter, data, samples):
 COMPARED = {                                                                  # name: what is changed
     "real_pictures": {"choose": "real", "weights": (0.0,) * 4},
     "random": {"choose": "random", "weights": (0.0,) * 4},
-    "clip_only": {"weights": (0.0, 0.0, 1.0, 0.0)},
-    "caption_only": {"weights": (1.0, 0.0, 0.0, 0.0)},
-    "sam_only": {"weights": (0.0, 1.0, 0.0, 0.0)},
+    "clip_only": {"choose": "ranks", "weights": (0.0, 0.0, 1.0, 0.0)},
+    "caption_only": {"choose": "ranks", "weights": (1.0, 0.0, 0.0, 0.0)},
+    "sam_only": {"choose": "ranks", "weights": (0.0, 1.0, 0.0, 0.0)},
     "sum": {"choose": "sum"},
-    "rank_sum": {},
+    "rank_sum": {"choose": "ranks"},
 }
 
 
@@ -624,12 +626,12 @@ def compare(s, dataset, data, folder, args, options):
     """
     import eval as grade
     import sample
-    rows, figures, right = [["all right, %", "", "+-", "gain", "+-", "distance", "diversity", "CLIP's"]], {}, {}
+    rows, figures, right = [["all right, %", "", "+-", "gain", "+-", "distance", "diversity", "diversity, CLIP"]], {}, {}
     for name, change in {"start": None, **COMPARED}.items():
         one, out = dataclasses.replace(s, **change or {}), folder / name
         if change is not None:
-            run(one, start(s, args), dataset, data, out, common.pick_up(options, out))
-        painter = start(s, args) if change is None else sample.load_run(out, args.device, args.precision)
+            run(one, starting_painter(s, args), dataset, data, out, common.pick_up(options, out))
+        painter = starting_painter(s, args) if change is None else sample.load_run(out, args.device, args.precision)
         right[name], seen = measure(painter, data, args.samples, s.sample_steps)
         figures |= grade.percent(name, right[name]) | {f"{name}_{what}": value for what, value in seen.items()}
         gained = grade.percent("", right[name] - right["start"]).values() if change is not None else ("", "")
@@ -646,7 +648,7 @@ def compare(s, dataset, data, folder, args, options):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    action = parser.add_argument_group("what to do")
+    action = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     action.add_argument("--train", action="store_true", help="all rounds; on the toy world, what was gained, as a table")
     action.add_argument("--compare", action="store_true", help="the same with each reward alone, and with none (long)")
     action.add_argument("--analyse", action="store_true", help="how often each reward sets a right caption above a wrong one")
@@ -663,11 +665,14 @@ def main():
     folder = Path(args.out or ("runs/fine_rewards" if args.train else "runs/rewards_compare" if args.compare else "runs/rewards_analyse"))
     if args.train:
         common.check_run(folder, options)
-    base = start(s, args)
-    data = toy.prepare(s.data, base.settings.clip, base.side, s.llm, s.captioner, s.segmenter)
-    if not args.train and s.data != "shapes":
+    elif s.data != "shapes":
         raise UserError("--compare and --analyse grade with the exact judge of the toy world: without --data")
-    s, begin = dataclasses.replace(s, base_identity=common.fingerprint(base.model)), time.time()
+    if args.samples < 2:
+        raise UserError("--samples 1: a distance between two sets of pictures needs more")
+    base = starting_painter(s, args)
+    s = dataclasses.replace(s, base_identity=base.identity())
+    data = toy.prepare(s.data, base.settings.clip, base.side, s.llm, s.captioner, s.segmenter)
+    begin = time.time()
     dataset = base.data(data, "train")
     if args.compare:
         compare(s, dataset, data, folder, args, options)
@@ -683,14 +688,13 @@ def main():
         return
     seconds, (before, first), (after, last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
     real = real_diversity(base.settings.clip, data, base.side)
-    own_guidance = common.read_settings(uvit_fusion.Settings, base.folder).guidance
-    own = grade.alignment(base, data, args.samples, {"steps": s.sample_steps, "guidance": own_guidance})[1]["all"]
+    own = grade.alignment(base, data, args.samples, {"steps": s.sample_steps, "guidance": base.own_guidance})[1]["all"]
     figures = grade.percent("start", before) | grade.percent("final", after) | grade.percent("gain", after - before) | grade.percent("start_own", own)
     rows = [[f"{len(before)} held-out captions, guidance {s.guidance:g}", "start", "after", "+-", "real"],
             ["all right, %", figures["start"], figures["final"], figures["final_ci"], ""],
-            [f"with the base's own guidance, {own_guidance:g}", figures["start_own"], "", "", ""]]
-    for name, label in (("distance", "tiny-CLIP distance to real pictures"), ("diversity", "between pictures of one caption: of pixels"),
-                        ("clip_diversity", "of tiny-CLIP features")):
+            [f"with the base's own guidance, {base.own_guidance:g}", figures["start_own"], "", "", ""]]
+    for name, label in (("distance", "tiny-CLIP distance to real pictures"), ("diversity", "pictures of one caption: distance of pixels"),
+                        ("clip_diversity", "pictures of one caption: 1 - cos of tiny-CLIP features")):
         seen = {"start": first, "final": last, "real": real}
         figures |= {f"{name}_{when}": some[name] for when, some in seen.items() if name in some}
         rows.append([label, f"{first[name]:.4f}", f"{last[name]:.4f}", "", f"{real[name]:.4f}" if name in real else ""])

@@ -102,7 +102,8 @@ class Settings:
     quality: str = setting("quality", "stage 3: field of the annotations, or JSON file of {file name: score}, that says how good a picture is")
     quality_split: str = setting("quality", "stage 3: split that the pictures are taken from")
     best: float = setting(0.06, "stage 3: share of the pictures that is good enough", low=1e-3, high=1)
-    llm_identity: str = ""         # of the language model, layer and instruction, down to the weights; set from them
+    base_identity: str = ""        # of the flagship and its text encoder, down to the weights; set from them
+    llm_identity: str = ""         # of the language model, layer and instruction, likewise
     method: str = "llm_adapter"
 
     def __post_init__(self):
@@ -463,7 +464,7 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
     """Runs stages in a run folder; returns its painter. init: a file of another run to start from; features: folder of a cache of LLM features."""
     base, device, precision = flagship.settings, flagship.device, flagship.precision
     llm = common.LLMEncoder(s.llm, s.llm_layer, s.instruction, device, precision)
-    s = dataclasses.replace(s, llm_identity=llm.identity)
+    s = dataclasses.replace(s, llm_identity=llm.identity, base_identity=flagship.identity())
     pairs = read_pairs(s.parallel) if s.parallel else []
     pictures = flagship.data(data, "train") if 2 in stages else common.CaptionedImages(data, "train", base.size)
     captions = [text for _, texts, _ in pictures.items for text in texts]
@@ -501,7 +502,7 @@ def run(s, flagship, data, folder, options, stages, init=None, features=None):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    action = parser.add_argument_group("what to do")
+    action = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     action.add_argument("--train", action="store_true", help="run the stages, draw prompts of four languages and, on the toy world, grade them")
     action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3), help="stages to run (default all)")

@@ -93,7 +93,7 @@ def load_painter(args):
 def add_sampling_flags(parser):
     parser.add_argument("--sample-steps", type=common.positive, default=25,
                         help="network evaluations a picture, guidance not counted (default %(default)s)")
-    parser.add_argument("--guidance", type=float, help="w in uncond + w (cond - uncond); 1: the conditional model (default: the run's, 3 or 2)")
+    parser.add_argument("--guidance", type=float, help="w in uncond + w (cond - uncond); 1: the conditional model (default: the run's own)")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
                         help="guide only where t / T is within; outside, a step costs half (default: the run's, 0.6 1 in the toy world, else 0 1)")
     parser.add_argument("--sampler", help="ddpm, ddim or dpm, DPM-Solver++ 2M (default: the run's, ddpm in the toy world, else dpm)")

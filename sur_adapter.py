@@ -452,7 +452,7 @@ def compare(s, base, llm, dataset, data, folder, options, args):
 # -------------------------------------------------------------------------------------------------------------------- main
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    action = parser.add_argument_group("what to do")
+    action = parser.add_argument_group("what to do").add_mutually_exclusive_group()
     action.add_argument("--train", action="store_true", help="train the adapter, draw narratives and, on the toy world, grade them")
     action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
     parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
@@ -469,12 +469,15 @@ def main():
     import toy
     s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/sur_compare" if args.compare else "runs/sur_adapter"))
+    known = s.data == "shapes"
     if args.train:
         common.check_run(folder, options)
-    base = sample.load_or_train(s.base, args.device, args.precision)
-    data, known = toy.prepare(s.data, base.settings.clip, base.side, s.llm), s.data == "shapes"
-    if args.compare and not known:
+    elif not known:
         raise UserError("--compare grades with the exact judge of the toy world: without --data")
+    if args.samples < 2:
+        raise UserError("--samples 1: a distance between two sets of pictures needs more")
+    base = sample.load_or_train(s.base, args.device, args.precision)
+    data = toy.prepare(s.data, base.settings.clip, base.side, s.llm)
     begin = time.time()
     dataset = triples(base, Path(data) / "train2017" if known else data, "train")
     llm = common.LLMEncoder(s.llm, s.llm_layer, "", base.device, base.precision)

@@ -140,7 +140,7 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------------------- attention
 def softmax_attention(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v, as one reads it. q (B, H, Q, d), k and v (B, H, K, d), bias broadcastable to (B, H, Q, K)."""
-    logits = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)                    # (B, H, Q, K), of which there are more numbers than in q
+    logits = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)                    # (B, H, Q, K); q is scaled, which has fewer numbers
     if bias is not None:
         logits = logits + bias
     return logits.softmax(-1).to(v.dtype) @ v                                 # (B, H, Q, d)
@@ -644,11 +644,12 @@ def train(s, data, folder, ranks, precision, options=common.Options()):
 def main():
     begin = time.time()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    action = parser.add_argument_group("what to do")
+    what = parser.add_argument_group("what to do")
+    action = what.add_mutually_exclusive_group()
     action.add_argument("--train", action="store_true", help="train, draw validation captions and, on the toy world, grade them")
-    action.add_argument("--quick", action="store_true", help="with --train: the same in small, into runs/quick")
     action.add_argument("--compare", action="store_true", help="train and grade the four fusion variants (long)")
     action.add_argument("--analyse", action="store_true", help="measure the rank of text-to-image attention, block by block, of --run")
+    what.add_argument("--quick", action="store_true", help="with --train or --compare: the same in small, into a folder of its own")
     parser.add_argument("--run", default="runs/uvit_fusion", help="--analyse: the run to look at (default %(default)s)")
     parser.add_argument("--seeds", type=common.positive, default=3, help="--compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--no-cross", action="store_true", help="--compare: leave out the two variants with cross-attention")

@@ -570,7 +570,7 @@ def rounds(world, folder, samples=8, painter=None, **change):
     """All rounds of a run, without the grading at its end; returns the painter."""
     options = {name: change.pop(name) for name in ("resume", "overwrite") if name in change}
     s, painter = settings(world, **change), painter or sample.load_run(world / "base", "cpu", "fp32")
-    s = dataclasses.replace(s, base_identity=common.fingerprint(painter.model))
+    s = dataclasses.replace(s, base_identity=painter.identity())
     fine_rewards.run(s, painter, painter.data(s.data, "train"), s.data, folder, common.Options(**options), samples)
     return painter
 
@@ -597,7 +597,7 @@ def test_a_run_leaves_what_is_needed_to_draw_to_go_on_and_to_look_at_it(whole, p
     rows = list(csv.DictReader(whole.rewards.splitlines()))
     assert list(rows[0]) == ["round", "judged", "caption", "sam", "clip"] and [row["round"] for row in rows] == ["0", "1", "2"]
     config = json.loads((whole.folder / "config.json").read_text())
-    assert config["method"] == "fine_rewards" and config["base_identity"] == common.fingerprint(painter.model)
+    assert config["method"] == "fine_rewards" and config["base_identity"] == painter.identity()
 
 
 def test_every_round_begins_with_what_the_last_one_left(world, whole, painter):
@@ -707,6 +707,10 @@ def test_candidates_are_needed_no_more_once_the_best_are_chosen(world, whole, tm
     monkeypatch.setattr(fine_rewards, "best_of_round", None)
     rounds(world, tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole.model
+    torch.save({"round": 1, "precision": "torch.float32"}, tmp_path / "run" / "state.pt")
+    (tmp_path / "run" / "round1" / "chosen.pt").unlink()
+    with pytest.raises(UserError, match="round1/chosen.pt is gone"):
+        rounds(world, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("change", [
@@ -913,6 +917,7 @@ def test_analysing_leaves_its_figures(world):
     (["--instruction", "is it in {prompt}?"], ["--instruction", "{label}"]), (["--keep", 0], ["--keep 0.0", "more than 0"]),
     (["--choose", "best"], ["--choose best", "ranks"]), (["--preset", "huge"], ["--preset huge", "toy"]), (["--resume"], ["--resume", "state.pt"]),
     (["--base", "nowhere"], ["nowhere"]), (["--base", "base/other.safetensors"], ["base/other.safetensors"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--compare"], ["--compare", "not allowed with", "--train"]), (["--samples", 1], ["--samples 1"]),
     (["--candidates", 0], ["--candidates 0"]), (["--rounds", 0], ["--rounds 0"])])
 def test_slips_end_in_one_line_and_leave_no_folder(world, flags, said):
     refused(command(world, *flags), *said)
