@@ -2,10 +2,13 @@
 import argparse
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,6 +79,22 @@ def test_a_picture_that_a_camera_turned_is_turned_back(tmp_path):
     upright.save(tmp_path / "upright.jpg", quality=95)
     turned, straight = (common.load_picture(tmp_path / f"{name}.jpg", 32).astype(float) for name in ("turned", "upright"))
     assert np.abs(turned - straight).mean() < 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keep_memory knows glibc only")
+def test_memory_that_was_freed_is_used_again():
+    code = """if True:
+        import resource, sys, torch, common
+        if sys.argv[1:]:
+            common.keep_memory()
+        def faults():
+            torch.zeros(2**24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        seen = [faults() for _ in range(8)]
+        print(seen[-1] - seen[2])"""                                                     # the first ones have to find room
+    fresh, kept = (int(subprocess.run([sys.executable, "-c", code, *flag], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+                   for flag in ((), ("kept",)))
+    assert 10 * kept < fresh
 
 
 def test_a_folder_of_pictures_with_texts_loads(tmp_path):
