@@ -275,6 +275,11 @@ class Rewards:
             self.seconds[name] += time.perf_counter() - begin
         return scores, captions, parts
 
+    def scores(self, pictures, prompts, batch=256):
+        """{reward: (N,)} of any number of pictures, some at a time."""
+        parts = [self(pictures[i:i + batch], prompts[i:i + batch])[0] for i in range(0, len(prompts), batch)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.names}
+
 
 def sam_reward(parts, prompts, score):
     """(sum_i s_i - 2 n) / (2 n) of the n parts of each picture; -0.5 where there are none. parts: N lists of (label, mask); -> (N,)."""
@@ -499,8 +504,7 @@ def run(s, painter, dataset, data, folder, options, samples=512):
         if known:
             scenes, captions, unseen = grade.validation_prompts(data, painter.settings.size, samples)
             pictures = painter.draw(captions, steps=s.sample_steps)
-            values = [rewards(pictures[i:i + 256], captions[i:i + 256])[0] for i in range(0, len(pictures), 256)] if rewards.names else []
-            means = [float(np.mean(np.concatenate([part[name] for part in values]))) for name in rewards.names]
+            means = [float(values.mean()) for values in rewards.scores(pictures, captions).values()] if rewards.names else []
             metrics.add(n, float(grade.judged(pictures, scenes, unseen)[1]["all"].mean()), *means)
             sample.plot({name: metrics.column(name) for name in ("judged", *rewards.names)}, folder / "rewards.png", "round",
                         "held-out captions: share judged right, and mean rewards")
@@ -595,11 +599,11 @@ def analyse(s, painter, data, samples):
     dataset, (scenes, captions, _) = common.CaptionedImages(data, "val", painter.side), grade.validation_prompts(data, painter.settings.size, samples)
     rows, figures = [["right above wrong, %", *rewards.names, "all"]], {}
     for field in ("count", "colour", "shape", "relation"):
-        found = []
-        for i in (i for i, scene in enumerate(scenes) if scene.relation or field != "relation"):
-            wrong, picture = shapes.sentence(shapes.change_field(scenes[i], field, rng), rng), dataset.picture(i).permute(1, 2, 0).numpy()
-            found.append(rewards(np.stack([picture] * 2), [captions[i], wrong])[0])
-        values = {name: np.stack([some[name] for some in found]) for name in rewards.names}                                     # (N, 2)
+        places = [i for i, scene in enumerate(scenes) if scene.relation or field != "relation"]
+        wrong = [shapes.sentence(shapes.change_field(scenes[i], field, rng), rng) for i in places]
+        pictures = [dataset.picture(i).permute(1, 2, 0).numpy() for i in places]
+        both = rewards.scores(np.stack(pictures * 2), [captions[i] for i in places] + wrong)
+        values = {name: some.reshape(2, -1).T for name, some in both.items()}                                                   # (N, 2)
         ahead = {name: some[:, 0] - some[:, 1] for name, some in values.items()} | {"all": np.subtract(*assemble(s, values).T[::-1])}
         found = {f"{field}_{name}": 50 * float(1 + np.sign(some).mean()) for name, some in ahead.items()}
         rows.append([field, *found.values()])
