@@ -1,4 +1,5 @@
 """Semantic rewards and learning from the best: what each reward is, how rewards become one choice, what a round trains, and rounds cut off."""
+import copy
 import csv
 import dataclasses
 import functools
@@ -925,9 +926,10 @@ def test_slips_end_in_one_line_and_leave_no_folder(world, flags, said):
 
 
 def test_a_base_that_reads_text_in_another_way_is_refused(world, painter, monkeypatch):
-    other = SimpleNamespace(encoder=lambda texts: None, model=painter.model, settings=painter.settings, side=24)
+    other = copy.copy(painter)
+    other.encoder = lambda texts: None
     monkeypatch.setattr(sample, "load_or_train", lambda *_: other)
-    refused(command(world), "--base base", "run of an adapter")
+    refused(command(world), "base/ is a run of an adapter", "name a run of uvit_fusion.py")
 
 
 def test_without_a_flagship_it_is_trained_first(tmp_path, monkeypatch):

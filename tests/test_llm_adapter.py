@@ -665,9 +665,10 @@ def test_noise_depends_on_the_step_and_a_dropped_caption_is_the_empty_one(bench,
 
 
 def test_features_begin_on_the_scale_of_those_they_replace(bench, world, tmp_path):
-    class Elsewhere:
+    class Elsewhere(common.TextEncoder):
         """CLIP's features, moved and shrunk, so that an adapter that did not know would be far off."""
-        dim, length = bench.clip.dim, bench.clip.length
+        def __init__(self):
+            vars(self).update(vars(bench.clip))
 
         def __call__(self, captions):
             features, mask = bench.clip(captions)[0], torch.arange(self.length).expand(len(captions), -1) < 5
