@@ -565,8 +565,8 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
 
     variants: {name: Settings}. A step is forward, backward and optimiser on random inputs, text encoder not included. The variants take
     turns and the median over `rounds` counts, so that a passing load hits all alike; so does the matrix-product peak (operations a second)
-    that is measured among them. sample_ms: a picture in 20 guided steps; products: on a CPU, the share
-    of a step that matrix products take (in fp32 without those of attention, which are inside the fused kernel).
+    that is measured among them. sample_ms: a picture in 20 guided steps; products: on a CPU, the share of a step, not compiled, that matrix
+    products take (in fp32 without those of attention, which are inside the fused kernel).
     """
     def step(network, model, optimizers, x, *more):
         with common.autocast(device, precision):
@@ -603,7 +603,7 @@ def step_costs(variants, device, precision, batch=None, rounds=10, compiled=Fals
         if device.type == "cpu":
             begin = time.perf_counter()
             with Products() as products:
-                step(model, model, optimizers, *inputs)
+                step(model, model, optimizers, *inputs)                                                 # compiled code would hide its products
             costs[name]["products"] = products.seconds / (time.perf_counter() - begin)
         costs[name] |= {"ms": 1e3 * float(np.median(times[2:])), "sample_ms": 1e3 * float(np.median(draws)), "peak": float(np.median(peaks))}
     return costs

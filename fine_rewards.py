@@ -445,7 +445,7 @@ def draw_round(s, painter, rewards, candidates, scores, prompts, path, columns=4
 
 
 def best_of_round(s, painter, rewards, dataset, folder, n):
-    """What round n has to learn from: pictures as `Painter.to_x_0` takes them, (N, ...), and their prompts. Leaves a table and a picture.
+    """What round n has to learn from: {"pictures": as `Painter.to_x_0` takes them, (N, ...), "prompts": theirs}. Leaves a table and a picture.
 
     candidates.npy and scores.npy stay in the folder of the round and may be deleted once it is done; chosen.pt, of which later rounds learn, not.
     """
@@ -463,7 +463,7 @@ def best_of_round(s, painter, rewards, dataset, folder, n):
         if not found:
             raise UserError(f"--data {s.data}: none of {len(places)} pictures could be read")
         pictures, prompts = zip(*found)
-        return torch.stack(pictures), list(prompts)
+        return {"pictures": torch.stack(pictures), "prompts": list(prompts)}
     begin, before = time.perf_counter(), dict(rewards.seconds)
     candidates, scores, drawing = draw_and_score(s, painter, rewards, prompts, folder / f"round{n + 1}", n)
     among, best = choose(s, scores, len(prompts), n)
@@ -476,7 +476,7 @@ def best_of_round(s, painter, rewards, dataset, folder, n):
     grade.print_table(rows, f"round {n + 1}: {len(candidates)} prompts, {s.candidates} candidates each, {len(among)} pictures to learn from")
     if rewards.names:
         draw_round(s, painter, rewards, candidates, scores, prompts, folder / "samples" / f"round{n + 1}.png")
-    return as_data(painter, candidates[among, best]), [prompts[i] for i in among]
+    return {"pictures": as_data(painter, candidates[among, best]), "prompts": [prompts[i] for i in among]}
 
 
 def run(s, painter, dataset, data, folder, options, samples=512):
@@ -510,15 +510,17 @@ def run(s, painter, dataset, data, folder, options, samples=512):
                         "held-out captions: share judged right, and mean rewards")
     if state["round"] not in dict(metrics.column("judged")):                  # also where that look was interrupted
         look(state["round"])
+    if state["round"] == s.rounds:                                            # what was learnt from is needed no more, and may be gone
+        return
     pictures, prompts = [], []                                                # of all rounds so far: variety, which one round has too little of
-    for n in range(s.rounds if state["round"] < s.rounds else 0):
+    for n in range(s.rounds):
         learnt = folder / f"round{n + 1}" / "chosen.pt"
         if n < state["round"] and not learnt.exists():
             raise UserError(f"{learnt} is gone, of which the further rounds learn too: put it back, or start anew with --overwrite")
         if not learnt.exists():
             best = best_of_round(s, painter, rewards, dataset, folder, n)
             with common.whole(learnt) as unfinished:
-                torch.save(dict(zip(("pictures", "prompts"), best)), unfinished)
+                torch.save(best, unfinished)
         chosen = torch.load(learnt, weights_only=True)
         pictures, prompts = [*pictures, chosen["pictures"]], [*prompts, *chosen["prompts"]]
         if n < state["round"]:
@@ -544,6 +546,14 @@ def load(path, device, precision):
     return uvit_fusion.make_painter(base, common.TextEncoder(base.clip, device), tensors, weights, folder, precision)
 
 
+def starting_painter(s, args):
+    """The painter that a run begins with: the base, which draws with the guidance that the run ends with."""
+    import sample
+    painter = sample.load_or_train(s.base, args.device, args.precision)
+    painter.settings = dataclasses.replace(painter.settings, guidance=s.guidance)
+    return painter
+
+
 # ----------------------------------------------------------------------------------------------------------------- grading
 def diversity(pictures, clip, each):
     """Mean distances between pictures of one prompt, over all pairs: of pixels in [0, 1] the root mean square, and 1 - cos of CLIP's features.
@@ -554,14 +564,6 @@ def diversity(pictures, clip, each):
     pixels, features = torch.from_numpy(pictures).flatten(1).float().div(255).unflatten(0, (-1, each)), clip.images(pictures).unflatten(0, (-1, each))
     apart = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[-1]**0.5      # exactly 0 on the diagonal
     return tuple(float(some.mean()) * each / (each - 1) for some in (apart, 1 - features @ features.mT))
-
-
-def starting_painter(s, args):
-    """The painter that a run begins with: the base, which draws with the guidance that the run ends with."""
-    import sample
-    painter = sample.load_or_train(s.base, args.device, args.precision)
-    painter.settings, painter.own_guidance = dataclasses.replace(painter.settings, guidance=s.guidance), painter.settings.guidance
-    return painter
 
 
 def measure(painter, data, samples, steps, few=64, each=8):
@@ -637,16 +639,16 @@ def compare(s, dataset, data, folder, args, options):
             run(one, starting_painter(s, args), dataset, data, out, common.pick_up(options, out))
         painter = starting_painter(s, args) if change is None else sample.load_run(out, args.device, args.precision)
         right[name], seen = measure(painter, data, args.samples, s.sample_steps)
-        figures |= grade.percent(name, right[name]) | {f"{name}_{what}": value for what, value in seen.items()}
-        gained = grade.percent("", right[name] - right["start"]).values() if change is not None else ("", "")
-        rows.append([name, *grade.percent("", right[name]).values(), *gained, *(f"{value:.4f}" for value in seen.values())])
+        share, gained = grade.percent(name, right[name]), grade.percent("gain", right[name] - right["start"])
+        figures |= share | {f"{name}_{what}": value for what, value in seen.items()}
+        rows.append([name, *share.values(), *(gained.values() if change else ("", "")), *(f"{value:.4f}" for value in seen.values())])
         grade.write_results(folder, figures)
-    ahead = {name: grade.percent("gain", right["rank_sum"] - verdicts) for name, verdicts in right.items() if name != "rank_sum"}
-    figures |= {f"gain_over_random{end}": ahead["random"][f"gain{end}"] for end in ("", "_ci")}
-    grade.write_results(folder, figures)
+    grade.write_results(folder, figures | grade.percent("gain_over_random", right["rank_sum"] - right["random"]))
     grade.print_table(rows, f"{folder}: {args.samples} held-out captions, {s.sample_steps} steps; {s.rounds} rounds of {s.prompts} prompts")
-    for name, gain in ahead.items():
-        print(f"rank_sum is ahead of {name} by {gain['gain']:.1f} +- {gain['gain_ci']:.1f} points, picture by picture")
+    for name, verdicts in right.items():
+        if name != "rank_sum":
+            gain = grade.percent("gain", right["rank_sum"] - verdicts)
+            print(f"rank_sum is ahead of {name} by {gain['gain']:.1f} +- {gain['gain_ci']:.1f} points, picture by picture")
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
@@ -664,6 +666,7 @@ def main():
         parser.print_help()
         return
     import eval as grade
+    import sample
     import toy
     s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
     folder = Path(args.out or ("runs/fine_rewards" if args.train else "runs/rewards_compare" if args.compare else "runs/rewards_analyse"))
@@ -692,11 +695,12 @@ def main():
         return
     seconds, (before, first), (after, last) = time.time() - begin, *(measure(one, data, args.samples, s.sample_steps) for one in (base, painter))
     real = real_diversity(base.settings.clip, data, base.side)
-    own = grade.alignment(base, data, args.samples, {"steps": s.sample_steps, "guidance": base.own_guidance})[1]["all"]
+    as_is = sample.load_run(s.base, args.device, args.precision)              # the base as it draws by itself
+    own = grade.alignment(as_is, data, args.samples, {"steps": s.sample_steps})[1]["all"]
     figures = grade.percent("start", before) | grade.percent("final", after) | grade.percent("gain", after - before) | grade.percent("start_own", own)
     rows = [[f"{len(before)} held-out captions, guidance {s.guidance:g}", "start", "after", "+-", "real"],
             ["all right, %", figures["start"], figures["final"], figures["final_ci"], ""],
-            [f"with the base's own guidance, {base.own_guidance:g}", figures["start_own"], "", "", ""]]
+            [f"with the base's own guidance, {as_is.settings.guidance:g}", figures["start_own"], "", "", ""]]
     for name, label in (("distance", "tiny-CLIP distance to real pictures"), ("diversity", "pictures of one caption: distance of pixels"),
                         ("clip_diversity", "pictures of one caption: 1 - cos of tiny-CLIP features")):
         seen = {"start": first, "final": last, "real": real}
