@@ -1,5 +1,6 @@
-"""Small things that the tests share: a random CLIP in the real format, COCO folders made on the spot, a run of a script."""
+"""What the tests share: a random CLIP in the real format, small data sets, a tiny U-ViT, a run."""
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -12,30 +13,42 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+# of tiny tensors, where threads that wait for each other only cost time
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-import common  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+# a tiny U-ViT, as fields of uvit_fusion.Config and as flags of `uvit_fusion.py --train`
+TINY_CFG = dict(size=8, patch=4, dim=32, depth=4, heads=2, image_blocks=1, caption_blocks=1,
+                batch_size=4, warmup=1, ema=0.9)
+TINY = []
+for field, default in TINY_CFG.items():
+    TINY += [f"--{field.replace('_', '-')}", str(default)]
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A CLIP of random weights, saved as a real one is."""
+    """The folder of a random CLIP, in the real format: 32 features, 16 tokens, 24 x 24 pixels."""
+    import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from toy.experts import train_tokenizer
+    from toy.models import train_tokenizer
     folder = tmp_path_factory.mktemp("clip")
-    tokenizer = train_tokenizer(["two red circles above a blue square", "a man on a horse"], vocabulary=300, length=16)
+    texts = ["two red circles above a blue square", "a man on a horse"]
+    tokenizer = train_tokenizer(texts, vocabulary=300, length=16)
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    words = dict(vocab_size=len(tokenizer), max_position_embeddings=16, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    config = CLIPConfig(text_config=tower | words, vision_config=tower | dict(image_size=24, patch_size=8), projection_dim=32)
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=16, pad_token_id=0,
+                bos_token_id=2, eos_token_id=3)
+    vision = dict(image_size=24, patch_size=8)
+    config = CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=32)
+    torch.manual_seed(0)
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def make_coco(root, year="2017", train=12, val=4):
-    """A folder in the layout of MS-COCO: JPEGs of several sizes, a grey-scale and a CMYK one among them, five captions each."""
+    """A folder like MS-COCO: JPEGs of several sizes, one grey, one CMYK, five captions each."""
     rng = np.random.default_rng(0)
     (root / "annotations").mkdir(parents=True)
     for split, count in (("train", train), ("val", val)):
@@ -44,13 +57,17 @@ def make_coco(root, year="2017", train=12, val=4):
         images, notes = [], []
         for i in range(count):
             height, width = ((480, 640), (640, 427), (120, 90), (33, 50))[i % 4]
-            coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+            coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+            image = coarse.resize((width, height), Image.Resampling.BICUBIC)
             name = f"COCO_{split}2014_{i:012d}.jpg" if year == "2014" else f"{i:012d}.jpg"
-            coarse.convert({1: "L", 2: "CMYK"}.get(i, "RGB")).save(folder / name)
+            image.convert({1: "L", 2: "CMYK"}.get(i, "RGB")).save(folder / name)
             images.append({"id": 10 + i, "file_name": name, "width": width, "height": height})
-            notes += [{"id": 5 * i + k, "image_id": 10 + i, "caption": f" picture {i} told\nin way {k} "} for k in range(5)]
+            for k in range(5):
+                caption = f" picture {i} told\nin way {k} "
+                notes.append({"id": 5 * i + k, "image_id": 10 + i, "caption": caption})
         random.Random(0).shuffle(notes)
-        (root / "annotations" / f"captions_{split}{year}.json").write_text(json.dumps({"images": images, "annotations": notes}))
+        content = {"images": images, "annotations": notes}
+        (root / "annotations" / f"captions_{split}{year}.json").write_text(json.dumps(content))
     return root
 
 
@@ -59,8 +76,65 @@ def coco(tmp_path):
     return make_coco(tmp_path / "coco")
 
 
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """A toy world of 200 scenes for training, 64 for validation, 24 x 24 pixels; read only."""
+    from toy import shapes
+    return shapes.build(tmp_path_factory.mktemp("data") / "shapes", train=200, val=64)
+
+
+def tiny_cfg(clip_folder, **changes):
+    """The settings of a tiny U-ViT: 8 x 8 pixels, four tokens of an image, five blocks."""
+    import uvit_fusion
+    fields = TINY_CFG | dict(text_dim=32, text_length=16, clip=clip_folder, steps=4) | changes
+    return uvit_fusion.Config(**fields)
+
+
+def tiny_pipeline(clip_folder, seed=0, **changes):
+    """A pipeline with a tiny random U-ViT; no weight is zero, so every block does something."""
+    import torch
+
+    import common
+    import uvit_fusion
+    cfg = tiny_cfg(clip_folder, **changes)
+    device = torch.device("cpu")
+    torch.manual_seed(seed)
+    model = uvit_fusion.UViT(cfg).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    text_encoder = common.TextEncoder(clip_folder, device)
+    return uvit_fusion.Pipeline(model, text_encoder, cfg, device, torch.float32)
+
+
+def save_run(pipeline, folder):
+    """Writes a pipeline as a run folder of uvit_fusion, for `uvit_fusion.load_pipeline`."""
+    import common
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write_json(folder / "config.json", dataclasses.asdict(pipeline.cfg))
+    common.save_tensors(pipeline.model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def pipeline(clip_folder):
+    """A random pipeline of 8 x 8 pixels, a new one for each test."""
+    return tiny_pipeline(clip_folder)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, clip_folder):
+    """The run folder of a random pipeline of 24 x 24 pixels, a base for methods; read only."""
+    pipeline = tiny_pipeline(clip_folder, size=24, patch=8)
+    return save_run(pipeline, tmp_path_factory.mktemp("runs") / "base")
+
+
 def run(script, *flags, cwd):
-    """Runs a script's main() as its command line would, in this process (which spares the imports); returns (exit status, output, errors)."""
+    """Runs main() of a script ("eval.py", "experiments.fusion") in this process.
+
+    Returns (exit status, output, errors).
+    """
+    import common
     out, errors, status = io.StringIO(), io.StringIO(), 0
     before, argv = os.getcwd(), sys.argv
     os.chdir(cwd)
@@ -69,8 +143,18 @@ def run(script, *flags, cwd):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             common.entry(importlib.import_module(script.removesuffix(".py")).main)
     except SystemExit as stop:
-        status = stop.code
+        status = stop.code or 0
     finally:
         os.chdir(before)
         sys.argv = argv
     return status, out.getvalue(), errors.getvalue()
+
+
+def refused(result, *words):
+    """Claims that a run ended with status 2 and one line of error, which holds these words."""
+    status, _, errors = result
+    assert status == 2, errors
+    lines = [line for line in errors.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and "Traceback" not in errors, errors
+    for word in words:
+        assert str(word) in lines[0], errors

@@ -1,30 +1,36 @@
-"""The toy world: captioned shapes and small experts, in the formats of the real data and models, built on first need."""
+"""The toy world: captioned shapes and small models, on disk in the formats of real ones."""
 from pathlib import Path
+
+from toy import language, models, shapes
 
 
 def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
     """Builds what the toy world lacks for these settings; returns the folder of the data.
 
-    data: "shapes", or the folder of other data, which is returned as it is; clip: the text encoder; size: pixels of the scenes; llm: the
-    language model, if there is one: then the toy world's pairs of sentences, narratives, pictures of differing quality and their scorer are
-    built too; captioner, segmenter: what reads pictures, if anything does.
+    data: "shapes", or the folder of other data, which is returned as it is; size: pixels of the
+    images; clip, llm, captioner, segmenter: folders of models. The toy world's own models, which
+    read 24 x 24 pixels, are trained if they are named here. With an LLM the toy world also gets
+    parallel sentences, narratives, and images of differing quality with a scorer for them.
     """
-    from toy import experts, shapes, tellings
-    known = data == "shapes"
-    folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size) if known else data
-    if Path(clip) == experts.CLIP_FOLDER:
-        if not known:
-            print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for {data} name a real one: "
-                  "--clip openai/clip-vit-large-patch14")
-        experts.clip(shapes.build())
-    for path, own, build in ((llm, experts.LLM_FOLDER, experts.llm), (captioner, experts.CAPTIONER_FOLDER, experts.captioner),
-                             (segmenter, experts.SEGMENTER_FOLDER, experts.segmenter)):
-        if Path(path) == own:
-            build(shapes.build())
-    if known and llm:
-        tellings.build_parallel(folder)
-        tellings.build_narratives(folder)
+    is_toy = data == "shapes"
+    folder = data
+    if is_toy:
+        folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size)
+    if Path(clip) == models.CLIP_FOLDER:
+        if not is_toy:
+            print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for "
+                  f"{data} name a real one: --clip openai/clip-vit-large-patch14")
+        models.clip(shapes.build())
+    if Path(llm) == models.LLM_FOLDER:
+        models.llm(shapes.build())
+    if Path(captioner) == models.CAPTIONER_FOLDER:
+        models.captioner(shapes.build())
+    if Path(segmenter) == models.SEGMENTER_FOLDER:
+        models.segmenter(shapes.build())
+    if is_toy and llm:
+        language.build_parallel(folder)
+        language.build_narratives(folder)
         shapes.build_quality(folder, size)
-        if Path(clip) == experts.CLIP_FOLDER:
-            experts.scorer()
+        if Path(clip) == models.CLIP_FOLDER:
+            models.scorer()
     return folder

@@ -1,0 +1,94 @@
+"""The groups of images and texts that the matcher is tuned and graded on."""
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from toy import judge, matching, shapes
+from toy.shapes import ADJECTIVES, FIELDS, NOUNS, NUMBERS, OPPOSITE, Group, Scene
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = shapes.build(tmp_path_factory.mktemp("matching") / "world", train=60, val=80)
+    assert matching.build_matching(folder, train=40, test=8, others=24) == folder
+    return folder
+
+
+def read(world, name):
+    """The groups of a file, each with the scene of its first or right image."""
+    path = world / "annotations" / f"match_{name}.jsonl"
+    scenes = dict(matching.read_scenes(world, "train" if name == "train" else "val"))
+    groups = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(group, next(scenes[image] for image in group["pictures"] if image in scenes))
+            for group in groups]
+
+
+def things_in(world, image):
+    return judge.parse(np.asarray(Image.open(world / "annotations" / image))[None])[0]
+
+
+def groups_in(text):
+    """How often a sentence names each group."""
+    tables = [{word: meaning for meaning, words in table.items() for word in words}
+              for table in (NUMBERS, ADJECTIVES, NOUNS)]
+    pattern = " ".join(f"({'|'.join(sorted(table, key=len, reverse=True))})" for table in tables)
+    found = re.findall(rf"\b{pattern}s?\b", text)
+    return Counter(Group(*(table[word] for table, word in zip(tables, words))) for words in found)
+
+
+@pytest.mark.parametrize("name, count", [("train", 40), ("val", 32)])
+def test_a_wrong_text_is_wrong_in_one_field(world, name, count):
+    groups = read(world, name)
+    assert [group["kind"] for group, _ in groups] == count // 4 * list(FIELDS)
+    for group, scene in groups:
+        right, wrong = (groups_in(group["texts"][i]) for i in (group["right"], 1 - group["right"]))
+        assert right == Counter(scene.groups)
+        if group["kind"] == "relation":
+            assert wrong == right and len(set(group["texts"])) == 2
+        else:
+            [before], [after] = right - wrong, wrong - right
+            different = [f for f in FIELDS[:3] if getattr(before, f) != getattr(after, f)]
+            assert different == [group["kind"]]
+        if name == "train":
+            assert not any(map(shapes.held_out, wrong))
+
+
+def test_right_and_wrong_are_told_in_the_same_words():
+    scene = Scene((Group(1, "green", "circle"), Group(1, "blue", "square")), "above")
+    other = Scene((Group(1, "red", "circle"), Group(1, "blue", "square")), "above")
+    for seed in range(20):
+        right, wrong = matching.tell_alike([scene, other], random.Random(seed))
+        assert right.replace("green", "red") == wrong
+
+
+def test_the_right_candidate_goes_to_any_place():
+    places = Counter()
+    for seed in range(60):
+        group = matching.shuffled("count", ["a"], ["right", "b", "c"], random.Random(seed))
+        assert group["texts"][group["right"]] == "right" and len(set(group["texts"])) == 3
+        places[group["right"]] += 1
+        group = matching.shuffled("count", ["right", "b"], ["text"], random.Random(seed))
+        assert group["pictures"][group["right"]] == "right" and group["texts"] == ["text"]
+    assert min(places[i] for i in range(3)) > 10
+
+
+def test_a_wrong_image_is_wrong_in_its_field(world):
+    for group, scene in read(world, "pictures"):
+        wrong = group["pictures"][1 - group["right"]]
+        assert not judge.judge(things_in(world, wrong), scene)[group["kind"]]
+        assert groups_in(group["texts"][0]) == Counter(scene.groups)
+
+
+def test_winoground_has_the_same_words_in_another_order(world):
+    for group, scene in read(world, "winoground"):
+        first, second = group["texts"]
+        assert Counter(first.split()) == Counter(second.split()) and first != second
+        a, relation, b = first.partition(f" {scene.relation} ")
+        assert second == b + relation + a and groups_in(a) == Counter(scene.groups[:1])
+        opposite = Scene(scene.groups, OPPOSITE[scene.relation])
+        assert judge.judge(things_in(world, group["pictures"][1]), opposite)["all"]

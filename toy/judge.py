@@ -1,0 +1,228 @@
+"""The exact judge of the toy world: which fields of a scene does an image get right?
+
+`parse` recovers the objects from the pixels alone, `judge` compares them with the scene. Of 5 000
+rendered scenes with blur and noise, 99.5 % are judged right in every field. The judge only grades:
+nothing is ever trained on what it says.
+
+    things = parse(images)                     # a list of Thing for each image
+    judge(things[0], scene)                    # {'count': True, ..., 'relation': False, ...}
+    figures, table = accuracy(pipeline, data)  # held-out captions, generated and graded
+"""
+import random
+from itertools import product
+
+import numpy as np
+
+import common
+from common import UserError
+from toy.shapes import AREA, COLOURS, FIELDS, SHAPES, Scene, Thing, coverage, neighbourhood
+
+CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}    # below the centre, at radius 1
+SPECK = 0.012        # parts smaller than this share of an image are no objects
+APART = 0.12         # a relation needs centres that are this far apart, in image widths
+
+
+# ----------------------------------------------------------------------------------------- objects
+def components(labels):
+    """Connected components (4 neighbours) of equal label in integer label maps (N, H, W).
+
+    Returns part numbers (N, H, W): equal within a part, unique within an image, 0 where the label
+    is 0 (background).
+    """
+    n, h, w = labels.shape
+    parts = np.where(labels > 0, np.arange(1, h * w + 1).reshape(1, h, w), 0)
+    while True:                                      # the largest number spreads through its part
+        grown = parts.copy()
+        for a, b in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :, 1:], np.s_[:, :, :-1])):
+            same = (labels[a] == labels[b]) & (labels[a] > 0)
+            highest = np.where(same, np.maximum(grown[a], grown[b]), 0)
+            grown[a] = np.maximum(grown[a], highest)
+            grown[b] = np.maximum(grown[b], highest)
+        if np.array_equal(grown, parts):
+            return parts
+        parts = grown
+
+
+def unmix(images):
+    """Each pixel as a mixture of the background and one of the colours.
+
+    images: (N, S, S, 3) floats in [0, 255]. Returns the number of the colour (N, S, S) and its
+    share, alpha (N, S, S) in [0, 1].
+    """
+    n = len(images)
+    background = np.median(images.reshape(n, 1, 1, -1, 3), axis=3)    # most pixels are background
+    shares = []
+    errors = []
+    for rgb in COLOURS.values():
+        # project on the line from the background to the colour
+        towards = np.float32(rgb) - background
+        share = ((images - background) * towards).sum(-1) / (towards**2).sum(-1)
+        error = images - background - np.clip(share, 0, 1)[..., None] * towards
+        shares.append(share)
+        errors.append((error**2).sum(-1))
+    colour = np.argmin(errors, 0)
+    alpha = np.take_along_axis(np.stack(shares), colour[None], 0)[0]
+    # half-covered pixels have no sure colour: they take that of the most covered pixel beside them
+    most_covered = neighbourhood(alpha).argmax(0)
+    colour = np.take_along_axis(neighbourhood(colour), most_covered[None], 0)[0]
+    return colour, np.clip(alpha, 0, 1)
+
+
+def parse(images):
+    """Finds the objects in images, (N, S, S, 3) uint8 or floats in [0, 255]: N lists of `Thing`.
+
+    An object is a connected area of mostly covered pixels of one colour, if it is no mere speck.
+    """
+    images = np.asarray(images, np.float32)
+    n, size = images.shape[:2]
+    colour, alpha = unmix(images)
+    parts = components(np.where(alpha > 0.55, colour + 1, 0))
+    owner = neighbourhood(parts).max(0)              # a part and its thin border
+    objects = []                                     # (number of the image, name of the colour)
+    covers = []                                      # of each object, its pixels (S, S)
+    for i in range(n):
+        numbers, counts = np.unique(parts[i], return_counts=True)
+        for part in numbers[(numbers > 0) & (counts >= SPECK * size**2)]:
+            inside = parts[i] == part
+            border = (parts[i] == 0) & (owner[i] == part)
+            objects.append((i, list(COLOURS)[colour[i][inside][0]]))
+            covers.append(np.where(inside | border, alpha[i], 0))
+    things = [[] for _ in range(n)]
+    if objects:
+        for (i, name), fit in zip(objects, fit_shapes(np.stack(covers))):
+            things[i].append(Thing(name, *fit))
+    return things
+
+
+def fit_shapes(covers):
+    """The shape, centre x, centre y and radius of each object, from its pixels (M, S, S).
+
+    The shape is the one that, drawn with the same centroid and area, differs least from them.
+    """
+    size = covers.shape[1]
+    pixel = (np.arange(size) + 0.5) / size
+    area = covers.sum((1, 2))
+    x = (covers.sum(1) * pixel).sum(1) / area
+    centroid_y = (covers.sum(2) * pixel).sum(1) / area
+    errors = []                                      # of each shape, (M,)
+    fits = []                                        # of each shape, y and radius, (M,) each
+    for shape in SHAPES:
+        radius = np.sqrt(area / AREA[shape]) / size
+        y = centroid_y - CENTROID[shape] * radius
+        errors.append(((coverage(shape, x, y, radius, size) - covers)**2).sum((1, 2)))
+        fits.append((y, radius))
+    found = []
+    for m, best in enumerate(np.argmin(errors, 0)):
+        y, radius = fits[best]
+        found.append((SHAPES[best], float(x[m]), float(y[m]), float(radius[m])))
+    return found
+
+
+# ----------------------------------------------------------------------------------------- verdict
+def stands(relation, first, second):
+    """True if all of `first` stand in `relation` to all of `second` (lists of `Thing`)."""
+    if not first or not second:
+        return False
+    if relation in ("below", "right of"):            # the same, seen from the other side
+        first, second = second, first
+    axis = "y" if relation in ("above", "below") else "x"
+    last = max(getattr(thing, axis) for thing in first)
+    return last + APART <= min(getattr(thing, axis) for thing in second)
+
+
+def compare(members, scene):
+    """Which of FIELDS are right if `members`, a list of `Thing` for each group, are its objects."""
+    none_is_empty = all(members)
+    pairs = [(thing, group) for things, group in zip(members, scene.groups) for thing in things]
+    counts = [len(things) for things in members]
+    return {
+        "count": counts == [group.count for group in scene.groups],
+        "colour": none_is_empty and all(thing.colour == group.colour for thing, group in pairs),
+        "shape": none_is_empty and all(thing.shape == group.shape for thing, group in pairs),
+        "relation": scene.relation is None or stands(scene.relation, *members),
+    }
+
+
+def judge(things, scene):
+    """Which of FIELDS an image gets right, and whether "all" of them: {field: bool}.
+
+    things: the objects of the image, from `parse`. Nothing says which object was meant for which
+    group, so every way to share them out is tried, and the most favourable one counts.
+    "count": each group has its number of objects; "colour", "shape": no group is empty, and all
+    objects have the colour, or shape, of their group; "relation": all of the first group stand in
+    it to all of the second (True for one group).
+    """
+    best = dict.fromkeys(FIELDS, False)
+    best_merit = ()
+    groups = range(len(scene.groups))
+    if 1 <= len(things) <= 10:                       # more are no scene, and would take long
+        for owners in product(groups, repeat=len(things)):
+            members = [[t for t, owner in zip(things, owners) if owner == g] for g in groups]
+            verdict = compare(members, scene)
+            # of equally many right fields: colour and shape tell which group an object is of
+            merit = (sum(verdict.values()), verdict["colour"], verdict["shape"], verdict["count"])
+            if merit > best_merit:
+                best = verdict
+                best_merit = merit
+    return best | {"all": all(best.values())}
+
+
+# ---------------------------------------------------------------------------------------- accuracy
+ROWS = {
+    "all": "all fields", "all_unseen": "  with an unseen triple",
+    "count": "count", "colour": "colour", "shape": "shape", "relation": "relation",
+}
+
+
+def validation_scenes(data, samples):
+    """The first `samples` validation scenes, one caption of each, and which have a held-out triple.
+
+    Returns (scenes, captions, unseen: bool array), the same for every run. Raises UserError for
+    data without scenes.
+    """
+    items = common.CaptionedImages(data, "val", size=24).items[:samples]     # reads no image
+    if "scene" not in items[0][2]:
+        raise UserError(f"--data {data}: its annotations hold no scenes, so there is nothing to "
+                        "grade exactly; use --data shapes")
+    scenes = [Scene.from_json(image["scene"]) for _, _, image in items]
+    captions = [random.Random(i).choice(texts) for i, (_, texts, _) in enumerate(items)]
+    return scenes, captions, np.array([scene.unseen for scene in scenes])
+
+
+def grade_images(images, scenes, unseen):
+    """What the judge says of images, uint8 (N, H, W, 3), each generated for one of the scenes.
+
+    unseen: bool (N,), which scenes have a held-out triple.
+    Returns {name of ROWS: float array (N,) of 0 and 1}, nan where it does not apply: "relation" to
+    scenes of one group, "all_unseen" to scenes without a held-out triple.
+    """
+    verdicts = [judge(things, scene) for things, scene in zip(parse(images), scenes)]
+    table = {}
+    for field in ("all", *FIELDS):
+        table[field] = np.array([verdict[field] for verdict in verdicts], float)
+    table["all_unseen"] = np.where(unseen, table["all"], np.nan)
+    table["relation"][[scene.relation is None for scene in scenes]] = np.nan
+    return {name: table[name] for name in ROWS}
+
+
+def accuracy(pipeline, data, samples=2048, **sampling):
+    """Generates images for held-out captions and grades them; sampling: for `pipeline.generate`.
+
+    Returns (figures, table): figures has each of ROWS in %, "all_ci" (the 95 % interval of "all")
+    and the number of "samples"; table is that of `grade_images`.
+    """
+    scenes, captions, unseen = validation_scenes(data, samples)
+    images = pipeline.generate(captions, progress=True, **sampling)
+    table = grade_images(images, scenes, unseen)
+    figures = {name: 100 * float(np.nanmean(verdicts)) for name, verdicts in table.items()}
+    figures |= common.percent("all", table["all"])
+    figures["samples"] = len(scenes)
+    return figures, table
+
+
+def print_accuracy(figures, table, title):
+    """Prints what `accuracy` returns, each figure with its 95 % interval."""
+    rows = [["held-out captions", "right, %", "+-"]]
+    for name, label in ROWS.items():
+        rows.append([label, figures[name], 100 * common.ci95(table[name])])
+    common.print_table(rows, title)
