@@ -1,4 +1,5 @@
-"""Grading: a painter that draws what it is told gets 100 %, one that draws something else does not; costs and tables."""
+"""eval.py: a run is graded by the exact judge; CLIP score, CMMD and FID are those of the papers."""
+import hashlib
 import json
 import random
 from types import SimpleNamespace
@@ -6,84 +7,320 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import refused, run, save_run, tiny_pipeline
+from PIL import Image
 
 import common
-import eval as grade
-import uvit_fusion
-from toy import shapes
+import eval as grading
+from toy import judge
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+DEVICE = ("--device", "cpu", "--precision", "fp32")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def gaussian(rng, dim, rank):
+    a = rng.normal(size=(dim, rank))
+    return rng.normal(size=dim), a @ a.T / rank
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# ------------------------------------------------------------------------------------ exact grades
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory, clip_folder, toy_data):
+    """A working folder with runs/uvit_fusion, a random U-ViT of the small toy world."""
+    folder = tmp_path_factory.mktemp("work")
+    pipeline = tiny_pipeline(clip_folder, size=24, patch=8, data=str(toy_data))
+    save_run(pipeline, folder / "runs" / "uvit_fusion")
+    common.save_tensors(pipeline.model.state_dict(), folder / "runs/uvit_fusion/early.safetensors")
+    return folder
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_is_graded_on_held_out_captions_and_its_figures_are_written(toy_run):
+    flags = ["--samples", 16, "--sample-steps", 2, "--noise-seed", 3, *DEVICE]
+    status, out, errors = run("eval.py", *flags, cwd=toy_run)
+    assert status == 0, errors
+    assert "16 held-out captions, 2 steps of ddpm, guidance 3" in out
+    pipeline = grading.sample.load_run(toy_run / "runs/uvit_fusion", "cpu", "fp32")
+    expected, _ = judge.accuracy(pipeline, pipeline.cfg.data, 16, steps=2, seed=3)
+    found = results(toy_run / "runs" / "uvit_fusion")
+    assert {"all", "all_ci", "count", "colour", "shape", "relation", "samples"} <= set(found)
+    assert {"commit", "machine", "command"} <= set(found)
+    assert found["samples"] == 16
+    assert all(found[name] == pytest.approx(expected[name], abs=0.01) for name in expected)
+
+
+def test_the_grade_of_a_snapshot_does_not_replace_that_of_its_run(toy_run):
+    before = (toy_run / "runs" / "uvit_fusion" / "results.json")
+    before.unlink(missing_ok=True)
+    flags = ["--run", "runs/uvit_fusion/early.safetensors", "--samples", 4, "--sample-steps", 1]
+    status, out, errors = run("eval.py", *flags, *DEVICE, cwd=toy_run)
+    assert status == 0 and "early.safetensors: 4 held-out captions" in out, errors
+    assert not before.exists()
+
+
+# --------------------------------------------------------------------------------------------- FID
+def test_fid_of_two_normal_distributions_is_the_closed_form(rng):
+    a = rng.uniform(0.1, 3, 12)
+    b = rng.uniform(0.1, 3, 12)
+    shift = rng.normal(size=12)
+    # of the features only mean and covariance count: these have exactly 0 and diag(a^2)
+    x = np.concatenate([np.eye(12), -np.eye(12)]) * a * (23 / 2)**0.5
+    expected = (shift**2).sum() + ((a - b)**2).sum()
+    assert grading.fid(x, shift, np.diag(b**2)) == pytest.approx(expected)
+    turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]            # the same in other axes
+    turned = grading.fid(x @ turn.T, turn @ shift, turn * b**2 @ turn.T)
+    assert turned == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [9, 200])                      # 9: a singular covariance
+def test_fid_is_that_of_scipys_matrix_root(rng, count):
+    linalg = pytest.importorskip("scipy.linalg")
+    x = rng.normal(size=(count, 20)) @ rng.normal(size=(20, 20)) + 10
+    mu, sigma = gaussian(rng, 20, rank=40)
+    covariance = np.cov(x, rowvar=False)
+    root = linalg.sqrtm(covariance @ sigma).real
+    expected = ((x.mean(0) - mu)**2).sum() + np.trace(covariance + sigma - 2 * root)
+    assert grading.fid(x, mu, sigma) == pytest.approx(expected, rel=1e-4)
+    # float32 features, as networks give them, of a set against itself
+    statistics = common.feature_statistics(torch.tensor(x, dtype=torch.float32))
+    assert grading.fid(torch.tensor(x, dtype=torch.float32), *statistics) < 1e-4
+
+
+# -------------------------------------------------------------------------------------------- CMMD
+def test_cmmd_is_1000_times_the_squared_mean_discrepancy(rng, monkeypatch):
+    x = unit(rng.normal(size=(70, 16)))
+    y = unit(rng.normal(size=(300, 16)) + 1)                     # more than one part of the rows
+
+    def mean_kernel(a, b):
+        return np.mean([[np.exp(-((p - q)**2).sum() / (2 * 10**2)) for q in b] for p in a])
+
+    expected = 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+    assert expected > 1
+    assert grading.cmmd(x, y) == pytest.approx(expected)
+    assert grading.cmmd(y, x) == pytest.approx(expected)
+    assert abs(grading.cmmd(y, y[::-1])) < 1e-9
+
+
+# -------------------------------------------------------------------------------------- CLIP score
+@pytest.fixture(scope="module")
+def large_clip(tmp_path_factory):
+    """A CLIP of random weights that reads 224 x 224 pixels, as the published ones do."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    from toy.models import train_tokenizer
+    folder = tmp_path_factory.mktemp("clip") / "large"
+    tokenizer = train_tokenizer(["A photo depicts picture 1 in way 2"], vocabulary=300, length=40)
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=40, pad_token_id=0,
+                bos_token_id=2, eos_token_id=3)
+    vision = dict(image_size=224, patch_size=112)
+    torch.manual_seed(3)                                         # most of its cosines are above 0
+    model = CLIPModel(CLIPConfig(
+        text_config=tower | text, vision_config=tower | vision, projection_dim=16))
+    model.visual_projection.weight.data.normal_()
+    model.text_projection.weight.data.normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor = CLIPImageProcessorPil(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def noisy_images(rng, count, width=32, height=32):
+    coarse = rng.integers(0, 255, (count, 3, 3, 3), dtype=np.uint8)
+    images = [Image.fromarray(image).resize((width, height)) for image in coarse]
+    return np.stack([np.asarray(image) for image in images])
+
+
+@pytest.mark.parametrize("width, height", [(64, 48), (300, 400), (224, 224)])
+def test_clip_score_is_that_of_transformers(rng, large_clip, width, height):
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+    images = noisy_images(rng, 300, width, height)[:3]
+    captions = ["picture 3", "a longer text in way 2", "way " * 60]       # the last one is cut off
+    model = CLIPModel.from_pretrained(large_clip).eval()
+    pixels = CLIPImageProcessorPil.from_pretrained(large_clip)(list(images), return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(large_clip)(
+        [f"A photo depicts {caption}" for caption in captions], padding=True, truncation=True,
+        max_length=40, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**tokens, **pixels)
+    cosines = torch.cosine_similarity(output.image_embeds, output.text_embeds)
+    clip = common.ClipScorer(large_clip)
+    scores = grading.clip_score(clip, clip.images(images), captions, batch_size=2)
+    assert scores == pytest.approx(2.5 * cosines.clamp(min=0).numpy(), abs=0.02)
+    assert np.abs(scores).max() > 0.2
+
+
+def test_clip_score_is_between_0_and_2_point_5_and_reads_the_papers_prefix(large_clip, clip_folder):
+    clip = common.ClipScorer(large_clip)
+    text = clip.texts(["A photo depicts two squares"])
+    image = torch.cat([text, -text])
+    scores = grading.clip_score(clip, image, ["two squares"] * 2)
+    assert scores == pytest.approx([2.5, 0], abs=1e-5)
+    tiny = common.ClipScorer(clip_folder)                        # has never read that prefix
+    scores = grading.clip_score(tiny, tiny.texts(["two squares"]), ["two squares"])
+    assert scores == pytest.approx([2.5], abs=1e-5)
+
+
+# ----------------------------------------------------------------------------------- image quality
+class StandIn(torch.nn.Module):
+    """For Inception: the mean colours of the quarters, or nothing unless features are asked for."""
+    def forward(self, x, return_features: bool = False):
+        if x.dtype != torch.uint8 or not return_features:
+            return x[:0].float()
+        return torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return shapes.build(tmp_path_factory.mktemp("data") / "shapes", train=30, val=64)
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception.pt"
+    torch.jit.script(StandIn()).save(path)
+    return path
 
 
-class Oracle:
-    """Draws the validation scenes themselves, or those `shift` places further on."""
-    settings = SimpleNamespace(size=24)
+class StandInPipeline:
+    """Its images depend on the prompt and on the number of the image alone."""
+    device = torch.device("cpu")
+    image_size = 32
 
-    def __init__(self, world, shift=0):
-        self.scenes, self.shift = grade.validation_prompts(world, 24, 64)[0], shift
+    def __init__(self):
+        self.prompts = []
 
-    def draw(self, prompts, **_):
-        scenes = self.scenes[self.shift:] + self.scenes[:self.shift]
-        return np.stack([shapes.render(shapes.layout(scene, random.Random(i)), 24) for i, scene in enumerate(scenes[:len(prompts)])])
-
-
-def test_right_pictures_get_full_marks_and_wrong_ones_do_not(world):
-    figures, table = grade.alignment(Oracle(world), world, 64)
-    assert all(figures[name] == 100 for name in grade.ROWS) and figures["samples"] == 64 and figures["all_ci"] == 0
-    assert 0 < np.isnan(table["relation"]).sum() < 64 and np.isnan(table["all_unseen"]).sum() == 32
-    figures, _ = grade.alignment(Oracle(world, shift=7), world, 64)
-    assert figures["all"] < 10 and figures["colour"] < 60
+    def generate(self, prompts, first=0, batch_size=256, **sampling):
+        assert len(prompts) <= batch_size and sampling == {"steps": 7}
+        self.prompts += prompts
+        seeds = [list(f"{first + i} {prompt}".encode()) for i, prompt in enumerate(prompts)]
+        return np.concatenate([noisy_images(np.random.default_rng(seed), 1) for seed in seeds])
 
 
-def test_the_same_captions_are_graded_each_time(world):
-    assert grade.validation_prompts(world, 24, 20)[1] == grade.validation_prompts(world, 24, 64)[1][:20]
+def measure(pipeline, data, clip, folder, samples=150, inception=None, reference=None):
+    dataset = common.CaptionedImages(data, "val", 32)
+    return grading.quality(pipeline, dataset, samples, common.ClipScorer(clip),
+                           inception, reference, {"steps": 7}, folder)
 
 
-def test_interval_shrinks_with_the_number_of_samples():
-    few, many = np.array([0., 1.] * 50), np.array([0., 1.] * 200)
-    assert grade.interval(few) == pytest.approx(1.96 * 0.5 / 10)
-    assert grade.interval(many) == pytest.approx(grade.interval(few) / 2)
-    assert grade.interval(np.array([0., 1., np.nan] * 50)) == pytest.approx(grade.interval(few))
+def test_generated_images_are_measured_against_their_captions_and_the_real_images(
+        large_clip, coco, tmp_path, inception):
+    pipeline = StandInPipeline()
+    network = grading.Inception(inception)
+    figures = measure(pipeline, coco, large_clip, tmp_path, inception=network)
+    items = common.CaptionedImages(coco, "val", 32).items
+    captions = [random.Random(i).choice(items[i % 4][1]) for i in range(150)]
+    assert pipeline.prompts == captions                          # four images: they come again
+    generated = pipeline.generate(captions, batch_size=150, steps=7)
+    real = np.stack([common.load_image(path, 32) for path, _, _ in items])
+    clip = common.ClipScorer(large_clip)
+    x = clip.images(generated)
+    scores = clip.score(x, captions).numpy()
+    assert set(figures) == {"clip_score", "clip_score_ci", "clip_score_real", "cmmd", "fid",
+                            "quality_samples"}
+    assert figures["quality_samples"] == 150
+    assert figures["clip_score"] == pytest.approx(scores.mean(), abs=1e-4)
+    assert figures["clip_score_ci"] == pytest.approx(1.96 * scores.std() / 150**0.5, abs=1e-4)
+    assert figures["clip_score_real"] == pytest.approx(
+        clip.score(clip.images(real), captions[:4]).mean().item(), abs=1e-4)
+    assert figures["cmmd"] == pytest.approx(grading.cmmd(x, clip.images(real)), abs=1e-3)
+    quarters = [common.feature_statistics(network(images)) for images in (generated, real)]
+    expected = common.frechet_distance(*quarters[0], *quarters[1])
+    assert expected > 1 and figures["fid"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_intermediate_fusion_costs_less_than_early(monkeypatch):
-    s = {name: uvit_fusion.Settings(size=16, dim=32, depth=4, heads=2, batch=4, **change | dict(image_blocks=v, caption_blocks=v))
-         for name, v, change in (("early", 0, {}), ("intermediate", 1, {}))}
-    costs = grade.step_costs(s, torch.device("cpu"), torch.float32, rounds=3)
-    assert costs["intermediate"]["gflops"] < costs["early"]["gflops"]
-    assert costs["intermediate"]["parameters"] > costs["early"]["parameters"]
-    assert all(cost["ms"] > 0 and cost["sample_ms"] > 0 and 0 < cost["products"] < 1 for cost in costs.values())
+def test_the_reference_may_be_a_folder_of_images_or_statistics(
+        large_clip, coco, tmp_path, inception):
+    network = grading.Inception(inception)
+    flags = dict(samples=20, inception=network)
+    figures = measure(StandInPipeline(), coco, large_clip, tmp_path, **flags)
+    folder = measure(StandInPipeline(), coco, large_clip, tmp_path, **flags,
+                     reference=coco / "val2017")                 # no captions there
+    assert "clip_score_real" not in folder
+    assert folder["cmmd"] == pytest.approx(figures["cmmd"])
+    assert folder["fid"] == pytest.approx(figures["fid"])
+    statistics = measure(StandInPipeline(), coco, large_clip, tmp_path, **flags,
+                         reference=tmp_path / "reference.npz")   # kept by those before
+    assert statistics["fid"] == pytest.approx(figures["fid"])
+    assert "cmmd" not in statistics and "clip_score_real" not in statistics
 
 
-def test_compare_and_analyse_run_from_end_to_end_and_pick_up_finished_runs(tmp_path, clip_folder, world, monkeypatch):
-    flags = ["--clip", clip_folder, "--data", world, "--steps", 4, "--dim", 32, "--depth", 4, "--heads", 2, "--image-blocks", 1,
-             "--caption-blocks", 1, "--batch", 4, "--seeds", 2, "--samples", 16, "--device", "cpu", "--precision", "fp32"]
-    status, out, errors = run("uvit_fusion.py", "--compare", *flags, cwd=tmp_path)
+def test_inception_says_which_file_it_runs_and_need_not_have_flags(inception, tmp_path, capsys):
+    network = grading.Inception(inception)
+    top = np.zeros((1, 4, 8, 3), np.uint8)
+    top[:, :2] = 200
+    assert network(top).tolist() == [[200, 200, 0, 0] * 3]       # of each colour: the quarters
+    assert hashlib.sha256(inception.read_bytes()).hexdigest() in capsys.readouterr().out
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.float().mean((2, 3))
+    example = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    torch.jit.trace(Mean(), example).save(tmp_path / "traced.pt")
+    images = np.full((5, 40, 30, 3), 7, np.uint8)
+    assert grading.Inception(tmp_path / "traced.pt")(images).tolist() == [[7.0] * 3] * 5
+
+
+def test_toy_figures_never_bear_the_names_of_real_ones(toy_run, inception):
+    flags = ["--quality", "--sample-steps", 1, "--inception", inception, "--out", "out", *DEVICE]
+    status, out, errors = run("eval.py", *flags, cwd=toy_run)
     assert status == 0, errors
-    results = json.loads((tmp_path / "runs" / "compare" / "results.json").read_text())
-    for name in ("early_all", "intermediate_all", "early_cross_all", "intermediate_cross_all", "difference", "difference_ci", "early_all_ci"):
-        assert isinstance(results[name], (int, float)), name
-    assert {"commit", "machine", "command"} <= set(results)
-    assert (tmp_path / "runs" / "compare" / "samples" / "variants.png").exists()
-    monkeypatch.setattr(grade, "step_costs", lambda variants, *_: {name: {"gflops": 1.0, "ms": 1.0} for name in variants})     # measured above
-    with monkeypatch.context() as patch:
-        patch.setattr(uvit_fusion, "train", None)                                        # nothing is trained the second time
-        assert run("uvit_fusion.py", "--compare", *flags, cwd=tmp_path)[0] == 0
-        status, out, errors = run("uvit_fusion.py", "--compare", *flags, "--lr", "0.1", cwd=tmp_path)
-        assert status == 2 and "lr" in errors
-    status, _, errors = run("uvit_fusion.py", "--compare", *flags, "--lr", "0.1", "--seeds", 1, "--no-cross", "--overwrite", cwd=tmp_path)
-    rates = {path.name: json.loads((path / "config.json").read_text())["lr"] for path in (tmp_path / "runs" / "compare").glob("early-*")}
-    assert status == 0 and rates == {"early-0": 0.1, "early-1": uvit_fusion.Settings.lr}, errors
-    status, out, errors = run("uvit_fusion.py", "--analyse", "--run", "runs/compare/early-0", cwd=tmp_path)
-    assert status == 0 and "in 0" in out and (tmp_path / "runs" / "compare" / "early-0" / "attention_rank.png").exists(), errors
+    found = results(toy_run / "out")
+    assert set(found) - {"commit", "machine", "command"} == {
+        "tiny_clip_score", "tiny_clip_score_ci", "tiny_clip_score_real", "tiny_clip_distance",
+        "toy_inception_distance", "quality_samples"}
+    assert found["quality_samples"] == 64                        # all held-out captions
+    table = out[out.index("generated"):]
+    assert "tiny-CLIP score" in table and "FID" not in table and "CMMD" not in table
+    assert (toy_run / "out" / "reference.npz").exists()
 
 
-def test_frozen_features_do_not_depend_on_their_batch(clip_folder):
-    encoder = common.TextEncoder(clip_folder)
-    together, mask = encoder(["two red circles", "a very much longer caption of a blue square", ""])
-    alone, own = encoder(["two red circles"])
-    assert torch.allclose(together[0], alone[0], atol=1e-6) and torch.equal(mask[0], own[0])
+def test_a_snapshot_has_a_folder_of_its_own():
+    def folder(run, weights=None):
+        return str(grading.output_folder(SimpleNamespace(run=run, weights=weights)))
+    assert folder("runs/a") == "runs/a"
+    assert folder("runs/a/early.safetensors") == "runs/a/early"
+    assert folder("runs/a", "downloads/small.pth") == "runs/small"
+
+
+@pytest.mark.parametrize("flag, value, word", [
+    ("--inception", "missing.pt", "missing.pt"),
+    ("--inception", "text.pt", "no TorchScript"),
+    ("--inception", "pickle.pt", "no TorchScript"),
+    ("--inception", "other.pt", "features (B, D)"),
+    ("--reference", "missing.npz", "no .npz"),
+    ("--reference", "text.npz", "no .npz"),
+    ("--reference", "code.npz", "no .npz"),
+    ("--reference", "names.npz", "no .npz of mu and sigma"),
+    ("--reference", "small.npz", "mu (5,) and sigma (5, 5)"),
+    ("--reference", "nowhere", "neither a folder of images"),
+    ("--clip-model", "nowhere", "cannot be loaded as a CLIP"),
+    ("--samples", 1, "too few"),
+])
+def test_a_slip_is_one_line_before_anything_is_generated(
+        toy_run, inception, tmp_path, monkeypatch, flag, value, word):
+    for name in ("text.pt", "text.npz"):
+        (tmp_path / name).write_text("no such thing\n" * 50)
+    torch.save({"weights": torch.ones(3)}, tmp_path / "pickle.pt")
+    torch.jit.script(torch.nn.Linear(3, 2)).save(tmp_path / "other.pt")
+    np.savez(tmp_path / "code.npz", mu=np.array([object()]), sigma=np.eye(12))    # is a pickle
+    np.savez(tmp_path / "names.npz", mean=np.zeros(12))
+    np.savez(tmp_path / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
+    monkeypatch.setattr(grading, "generated_images", None)
+    given = {"--inception": inception, "--out": tmp_path / "out"}
+    given[flag] = tmp_path / value if "." in str(value) else value
+    flags = [part for pair in given.items() for part in pair]
+    refused(run("eval.py", "--quality", *flags, *DEVICE, cwd=toy_run), word)
+
+
+def test_statistics_without_inception_are_refused(toy_run):
+    flags = ["--quality", "--reference", "some.npz", *DEVICE]
+    refused(run("eval.py", *flags, cwd=toy_run), "add --inception FILE")

@@ -1,72 +1,137 @@
-"""Pictures carry their prompts: in a font that has the letters, in lines that fit, in grids without empty strips."""
+"""sample.py: any run, any prompts, one grid; the same seed gives the same images."""
+import io
+import sys
+
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+import torch
+from conftest import refused, run, save_run, tiny_pipeline
+from PIL import Image
 
+import common
 import sample
+import uvit_fusion
+from autoencoder import Autoencoder
 
-PICTURE = np.full((24, 24, 3), 200, np.uint8)
-CHINESE = "三个绿色的圆形在一个蓝色的正方形上方，两个红色的圆形在一个黄色的三角形下方。"
+DEVICE = ("--device", "cpu", "--precision", "fp32")
+FEW = ("--sample-steps", 2, *DEVICE)
 
 
 @pytest.fixture
-def poor():
-    """Pillow's own font, which has no accents and no Chinese."""
-    return ImageFont.load_default(11)
+def folder(tmp_path, pipeline):
+    """A working folder with a run of the flagship in its usual place."""
+    save_run(pipeline, tmp_path / "runs" / "uvit_fusion")
+    return tmp_path
 
 
-def height(path, texts, **more):
-    """Of a grid of grey pictures, 96 + 8 pixels a row besides the texts."""
-    sample.picture_grid([PICTURE] * len(texts), texts, path / "grid.png", columns=2, **more)
-    return Image.open(path / "grid.png").height
+def grid(folder, name="prompts.png"):
+    return np.asarray(Image.open(folder / "runs" / "uvit_fusion" / "samples" / name))
 
 
-def test_only_rows_with_texts_leave_room_for_them(tmp_path):
-    bare, titled = height(tmp_path, [""] * 4), height(tmp_path, [""] * 4, titles=["early", "intermediate"])
-    assert bare == titled == 8 + 2 * (96 + 8)
-    last = height(tmp_path, ["", "", "two red circles above a blue square", "a green triangle"]) - bare
-    assert last > 14 and height(tmp_path, ["a green triangle"] * 4) - bare == 2 * (14 + 4)
-    grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert (grid[8 + 96 + 2:8 + 96 + 18] < 100).any()                                     # the text of the first row
+def test_prompts_become_a_grid_in_the_run_folder(folder):
+    status, out, errors = run("sample.py", "two red circles", "a horse", *FEW, cwd=folder)
+    assert status == 0, errors
+    assert out.splitlines()[-1] == "2 images: runs/uvit_fusion/samples/prompts.png"
+    assert grid(folder).shape[1] > 2 * 96                        # side by side
+    first = grid(folder)
+    run("sample.py", "two red circles", "a horse", *FEW, cwd=folder)
+    assert np.array_equal(grid(folder), first)
+    run("sample.py", "two red circles", "a horse", *FEW, "--noise-seed", 1, cwd=folder)
+    assert not np.array_equal(grid(folder), first)
 
 
-def test_a_font_tells_which_letters_it_lacks(poor):
-    assert sample.lacking(poor, ["ein grüner Kreis", "一个 circle"]) == "ü一个" and sample.lacking(poor, ["two red circles, 2.5 %"]) == ""
+def test_prompts_come_from_the_command_line_a_file_and_standard_input(folder, monkeypatch):
+    (folder / "prompts.txt").write_text("\ufeffa blue square\n\n  a man  \n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from elsewhere\n"))
+    prompts = []
+    monkeypatch.setattr(uvit_fusion.Pipeline, "generate", lambda self, texts, **_: (
+        prompts.extend(texts), np.zeros((len(texts), 8, 8, 3), np.uint8))[1])
+    flags = ["a horse", "-", "--file", "prompts.txt", "--per-prompt", 2]
+    status, _, errors = run("sample.py", *flags, *DEVICE, cwd=folder)
+    assert status == 0, errors
+    expected = ["a horse", "a blue square", "a man", "from elsewhere"]
+    assert prompts == [prompt for prompt in expected for _ in range(2)]
 
 
-def test_the_font_that_has_the_letters_is_chosen(monkeypatch, poor):
-    better = ImageFont.load_default(11)
-    fonts = {"poor.ttf": poor, "better.ttf": better}
-    monkeypatch.setattr(sample, "FONTS", ("none.ttf", *fonts))
-
-    def truetype(name, size):
-        if name not in fonts:
-            raise OSError
-        return fonts[name]
-    monkeypatch.setattr(ImageFont, "truetype", truetype)
-    monkeypatch.setattr(sample, "lacking", lambda face, texts: "" if face is better else "".join(sorted(set("".join(texts)) & {*"éü"})))
-    assert sample.font(["a circle"]) is poor and sample.font(["un círculo é"]) is better
+def test_each_image_is_the_one_that_its_prompt_gives_with_the_flags(folder, pipeline):
+    flags = ["--sample-steps", 3, "--guidance", 2, "--guidance-interval", 0.5, 1, "--sampler",
+             "ddim", "--negative-prompt", "a horse", "--noise-seed", 5, "--singles", *DEVICE]
+    status, _, errors = run("sample.py", "a man", "a square", *flags, cwd=folder)
+    assert status == 0, errors
+    expected = pipeline.generate(
+        ["a man", "a square"], steps=3, guidance=2, guidance_interval=(0.5, 1), sampler="ddim",
+        negative_prompt="a horse", seed=5)
+    for i in range(2):
+        assert np.abs(grid(folder, f"prompts_{i:04d}.png").astype(int) - expected[i]).max() <= 1
 
 
-@pytest.mark.parametrize("path", [None, "some.ttf"])
-def test_letters_that_no_font_has_are_named_in_one_line(tmp_path, monkeypatch, capsys, poor, path):
-    monkeypatch.setattr(sample, "FONTS", ())
-    monkeypatch.setattr(ImageFont, "truetype", lambda name, size, **_: poor)
-    sample.font(["two red circles", "两个红色"], path)
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "missing are 两个红色" in out and (path or "no font") in out
-    height(tmp_path, [CHINESE, "two red circles"])
-    assert "missing are 。" in capsys.readouterr().out
-    height(tmp_path, ["two red circles"])
-    assert not capsys.readouterr().out
+def test_a_trajectory_shows_every_step_of_every_image(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "image_grid", lambda *args, **kwargs: calls.append((args, kwargs)))
+    flags = ["--trajectory", "--sample-steps", 3, *DEVICE]
+    status, _, errors = run("sample.py", "a man", "a square", *flags, cwd=folder)
+    assert status == 0, errors
+    (frames, labels, _, columns), kwargs = calls[0]
+    assert labels == ["step 1", "step 2", "step 3"] * 2 and columns == 3
+    assert kwargs["titles"] == ["a man", "a square"]
+    pipeline = sample.load_run(folder / "runs" / "uvit_fusion", "cpu", "fp32")
+    images = pipeline.generate(["a man", "a square"], steps=3)   # where the trajectories end
+    assert np.array_equal(frames[2], images[0]) and np.array_equal(frames[5], images[1])
 
 
-def test_lines_fit_and_lose_nothing(poor):
-    english = "two red circles to the left of a blue square"
-    lines = sample.wrap(english, 96, poor)
-    assert len(lines) > 2 and " ".join(lines) == english
-    for text in (CHINESE, CHINESE.replace("在", " in ")):
-        lines = sample.wrap(text, 96, poor)
-        assert len(lines) > 2 and "".join(lines).replace(" ", "") == text.replace(" ", "")
-        assert all(poor.getlength(line) <= 96 and line[0] not in "，。" for line in lines)
-    assert sample.wrap("一个circle", 300, poor) == ["一个circle"] and sample.wrap("", 96, poor) == [""]
+def test_a_run_is_loaded_by_the_method_that_its_config_names(folder, monkeypatch):
+    loaded = []
+    for method in sample.METHODS:
+        module = type(sys)(method)
+        module.load_pipeline = lambda *args, method=method: loaded.append((method, *args))
+        monkeypatch.setitem(sys.modules, method, module)
+        common.write_json(folder / "config.json", {"method": method})
+        sample.load_run(folder / "early.safetensors", "cpu", "fp32")
+    assert loaded == [(method, folder / "early.safetensors", torch.device("cpu"), torch.float32)
+                      for method in ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")]
+
+
+def test_an_adapter_is_put_behind_the_text_encoder_of_the_run(folder, monkeypatch):
+    module = type(sys)("sur_adapter")
+    attached = []
+    module.attach = lambda pipeline, path: attached.append(path) or pipeline
+    monkeypatch.setitem(sys.modules, "sur_adapter", module)
+    status, _, errors = run("sample.py", "a man", "--adapter", "runs/a", *FEW, cwd=folder)
+    assert status == 0 and attached == ["runs/a"], errors
+
+
+def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
+    # early fusion under the published names, with 8 x 8 latents of a small autoencoder
+    published = tiny_pipeline(clip_folder, channels=4, image_blocks=0, caption_blocks=0, depth=6,
+                              mask_text=False, schedule="linear", target="eps", clip_x0=False)
+    torch.save(published.model.state_dict(), tmp_path / "small.pth")
+    vae = Autoencoder((32, 32), blocks=1)
+    common.save_tensors(vae.state_dict(), tmp_path / "vae.safetensors")
+    sizes = dict(size=8, patch=4, dim=32, heads=2, text_dim=32, text_length=16)
+    monkeypatch.setitem(uvit_fusion.PRESETS, "coco", uvit_fusion.PRESETS["coco"] | sizes)
+    flags = ["--weights", "small.pth", "--clip", clip_folder, *FEW]
+    status, out, errors = run("sample.py", "a man", *flags, "--autoencoder", "vae.safetensors",
+                              "--singles", cwd=tmp_path)
+    assert status == 0, errors
+    image = Image.open(tmp_path / "runs" / "small" / "samples" / "prompts_0000.png")
+    assert image.size == (16, 16)
+    published.vae = vae.eval()
+    published.cfg.guidance_interval = (0.0, 1.0)
+    expected = published.generate(["a man"], steps=2, guidance=2.0, sampler="dpm")[0]
+    assert np.abs(np.asarray(image).astype(int) - expected).max() <= 2
+    refused(run("sample.py", "a man", *flags, cwd=tmp_path), "--autoencoder")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--run", "nowhere"], "train one first"),
+    (["--file", "nowhere.txt"], "nowhere.txt"),
+    (["--out", "grid.doc"], "--out grid.doc"),
+    (["--clip", "some"], "--weights"),
+    (["--font", "nowhere.ttf"], "--font nowhere.ttf"),
+    (["--sample-steps", 1001], "--sample-steps"),
+    (["--run", "other"], "names the method 'gan'"),
+])
+def test_a_slip_is_one_line(folder, flags, word):
+    (folder / "other").mkdir()
+    common.write_json(folder / "other" / "config.json", {"method": "gan"})
+    refused(run("sample.py", "a man", *flags, *DEVICE, cwd=folder), word)

@@ -1,0 +1,408 @@
+"""Early against intermediate fusion: alignment, cost, attention to text, sampling steps.
+
+    python -m experiments.fusion compare     # four variants trained with the same steps and seeds
+    python -m experiments.fusion cost        # parameters, FLOPs, ms a step and an image, two sizes
+    python -m experiments.fusion analyse     # the rank of text-to-image attention, block by block
+    python -m experiments.fusion steps       # accuracy against sampling steps, for three samplers
+
+Each prints a table and writes its figures to a results.json: in runs/compare, in runs/cost, or in
+the folder of the run. compare takes over an hour on two cores; a variant that is finished is kept,
+so the command can be given again.
+"""
+import argparse
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import sample
+import toy
+import uvit_fusion
+from toy import judge
+from uvit_fusion import PRESETS, Config, Diffusion, UViT
+
+# where image_blocks and caption_blocks are missing, they are those of the preset
+VARIANTS = {
+    "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
+    "intermediate": {"fusion": "concat"},
+    "early_cross": {"fusion": "cross", "image_blocks": 0, "caption_blocks": 0},
+    "intermediate_cross": {"fusion": "cross"},
+}
+
+
+# ------------------------------------------------------------------------------------------ compare
+# Student's t for a mean of n values, at 95 %: for an interval, and for a one-sided bound
+T_TWO_SIDED = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
+T_ONE_SIDED = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943}
+
+
+def seed_interval(values, table=T_TWO_SIDED):
+    """Half-width of the 95 % interval of a mean over seeds; nan if there is only one."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    t = table[min(n, 7)]                         # beyond 7 values a little too wide
+    return float(t * np.std(values, ddof=1) / n**0.5)
+
+
+def train_variant(cfg, data, folder, args, device, precision):
+    """Trains and grades one variant, or reads the figures of one that is finished."""
+    finished = folder / "compared.json"          # eval.py may write other figures to results.json
+    if finished.exists() and not args.overwrite:
+        return common.read_json(finished)
+    print(f"\ninto {folder}/")
+    resume = not args.overwrite and (folder / "state.pt").exists()
+    run_args = argparse.Namespace(resume=resume, overwrite=True, workers=None, compile=False)
+    pipeline = uvit_fusion.train(cfg, data, folder, run_args, device, precision)
+    figures, table = judge.accuracy(pipeline, data, args.samples, sampler="dpm",
+                                    guidance_interval=(0.0, 1.0))
+    judge.print_accuracy(figures, table, str(folder))
+    common.write_json(finished, figures)
+    return figures
+
+
+def compare(args, device, precision):
+    """The paper's experiment in small. Cross-attention has one seed, to save time."""
+    base = common.make_config(Config, PRESETS, args)
+    data = toy.prepare(base.data, base.clip, base.size)
+    folder = Path(args.out or "runs/compare")
+    results = {name: [] for name in VARIANTS}
+    for seed in range(args.seeds):
+        for name, change in VARIANTS.items():
+            if seed and change["fusion"] == "cross":
+                continue
+            cfg = dataclasses.replace(base, seed=seed, snapshot_at=0, **change)
+            run = folder / f"{name}-{seed}"
+            results[name].append(train_variant(cfg, data, run, args, device, precision))
+    figures = variants_table(results, base.steps) | paired_difference(results)
+    # one seed has no interval
+    figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+    common.write_results(folder, figures)
+    draw_variants(folder, data, device, precision)
+
+
+def variants_table(results, steps):
+    """Prints and returns means over seeds, of {name: [figures of each seed]}."""
+    rows = [["", "all right, %", "+-", "unseen", "count", "relation", "seeds"]]
+    figures = {}
+    for name, runs in results.items():
+        right = [run["all"] for run in runs]
+        figures[f"{name}_all"] = float(np.mean(right))
+        figures[f"{name}_all_ci"] = seed_interval(right)
+        row = [name, figures[f"{name}_all"], figures[f"{name}_all_ci"]]
+        for field in ("all_unseen", "count", "relation"):
+            row.append(float(np.mean([run[field] for run in runs])))
+        rows.append([*row, len(runs)])
+    common.print_table(rows, f"fusion variants after {steps} steps; intervals over seeds")
+    return figures
+
+
+def paired_difference(results):
+    """How far intermediate fusion is ahead, seed by seed; both have the same data and noise."""
+    early = [run["all"] for run in results["early"]]
+    intermediate = [run["all"] for run in results["intermediate"]]
+    difference = np.subtract(intermediate, early)
+    mean = float(difference.mean())
+    interval = seed_interval(difference)
+    bound = mean - seed_interval(difference, T_ONE_SIDED)
+    print(f"intermediate - early: {mean:+.1f} +- {interval:.1f} points over {len(early)} seeds; "
+          f"at 95 % at least {bound:+.1f}")
+    return {"difference": mean, "difference_ci": interval, "difference_bound": bound}
+
+
+def draw_variants(folder, data, device, precision):
+    """A grid: the same captions and noise, a row a variant."""
+    _, captions, _ = judge.validation_scenes(data, 8)
+    images = []
+    for name in VARIANTS:
+        pipeline = uvit_fusion.load_pipeline(folder / f"{name}-0", device, precision)
+        images.extend(pipeline.generate(captions))
+    texts = [""] * 8 * (len(VARIANTS) - 1) + captions                     # below the last row
+    path = folder / "samples" / "variants.png"
+    common.image_grid(images, texts, path, columns=8, titles=list(VARIANTS))
+    print(f"the same captions and noise, a row a variant: {path}")
+
+
+# --------------------------------------------------------------------------------------------- cost
+def random_inputs(cfg, batch_size, device):
+    """x, t, text and mask of a training step."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch_size, cfg.channels, cfg.size, cfg.size, generator=generator)
+    t = torch.randint(1, 1001, (batch_size,), generator=generator)
+    text = torch.randn(batch_size, cfg.text_length, cfg.text_dim, generator=generator)
+    lengths = torch.randint(8, cfg.text_length, (batch_size, 1), generator=generator)
+    mask = torch.arange(cfg.text_length) < lengths
+    return [part.to(device) for part in (x, t, text, mask)]
+
+
+def forward_flops(cfg):
+    """Floating-point operations of one forward pass at batch 1; a multiply-add counts as two."""
+    # in bf16 the network takes the plain softmax on CPUs; the fused kernel would not be counted
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            UViT(cfg)(*random_inputs(cfg, 1, "cpu"))
+    return counter.get_total_flops()
+
+
+class StepTimer:
+    """Times training steps (forward, backward, optimizers; no text encoder) of one variant."""
+    def __init__(self, cfg, batch_size, device, precision, compiled):
+        torch.manual_seed(0)
+        self.model = UViT(cfg).to(device)
+        self.network = torch.compile(self.model) if compiled else self.model
+        self.optimizers = uvit_fusion.make_optimizers(self.model, cfg)
+        self.inputs = random_inputs(cfg, batch_size, device)
+        # to generate a whole batch would take a CPU minutes
+        self.few_inputs = random_inputs(cfg, max(1, batch_size // 8), device)
+        self.diffusion = Diffusion(cfg.schedule, cfg.target)
+        self.device = device
+        self.precision = precision
+        self.seconds = []
+
+    def step(self):
+        begin = time.perf_counter()
+        x = self.inputs[0]
+        with common.autocast(self.device, self.precision):
+            loss = F.mse_loss(self.network(*self.inputs).float(), x)
+        self.model.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        common.synchronize(self.device)
+        self.seconds.append(time.perf_counter() - begin)
+
+    @torch.no_grad()
+    def sample_seconds(self, steps=20):
+        """Seconds for one image, in guided steps."""
+        x, _, text, mask = self.few_inputs
+        begin = time.perf_counter()
+        with common.autocast(self.device, self.precision):
+            denoiser = uvit_fusion.cfg_denoiser(self.model, text, mask, text[:1], mask[:1], 3.0)
+            self.diffusion.sample(denoiser, x, steps)
+        common.synchronize(self.device)
+        return (time.perf_counter() - begin) / len(x)
+
+
+def step_costs(variants, batch_size, device, precision, compiled=False, rounds=10):
+    """{name: {parameters, gflops, ms, sample_ms}} of variants {name: Config}.
+
+    They take turns and the median counts, so that other work on the machine hits all alike.
+    """
+    timers = {name: StepTimer(cfg, batch_size, device, precision, compiled)
+              for name, cfg in variants.items()}
+    for _ in range(2 + rounds):                                           # two to warm up
+        for timer in timers.values():
+            timer.step()
+    costs = {}
+    for name, timer in timers.items():
+        costs[name] = {
+            "parameters": sum(p.numel() for p in timer.model.parameters()),
+            "gflops": forward_flops(variants[name]) / 1e9,
+            "ms": 1e3 * float(np.median(timer.seconds[2:])),              # without the warm-up
+            "sample_ms": 1e3 * timer.sample_seconds(),
+        }
+    return costs
+
+
+SWEEP = {                                                                 # at the paper's size
+    "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
+    "intermediate": {"fusion": "concat", "image_blocks": 5, "caption_blocks": 1},
+    "v3 c3": {"fusion": "concat", "image_blocks": 3, "caption_blocks": 3},         # as released
+    "v4 c1": {"fusion": "concat", "image_blocks": 4, "caption_blocks": 1},
+    "v6 c2": {"fusion": "concat", "image_blocks": 6, "caption_blocks": 2},
+    "cross, early": {"fusion": "cross", "image_blocks": 0, "caption_blocks": 0},
+    "cross, v3 c3": {"fusion": "cross", "image_blocks": 3, "caption_blocks": 3},
+    "cross, v3 c1": {"fusion": "cross", "image_blocks": 3, "caption_blocks": 1},
+}
+
+
+def cost(args, device, precision):
+    """Two tables: at the size of the toy world, and at the paper's, over v and c."""
+    on_gpu = device.type == "cuda"
+    small = {name: VARIANTS[name] for name in ("early", "intermediate")}
+    small_figures = cost_table("toy", small, Config().batch_size, 40, args, device, precision)
+    # a step of 256 takes a CPU half a minute
+    batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
+    paper_figures = cost_table("coco", SWEEP, batch_size, 8, args, device, precision)
+    gpu = "gpu_" if on_gpu else ""
+    figures = {f"{gpu}toy_{name}": value for name, value in small_figures.items()}
+    figures |= {f"{gpu}{name}": value for name, value in paper_figures.items()}
+    if on_gpu:
+        figures["gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    common.write_results(args.out or "runs/cost", figures)
+
+
+def cost_table(preset, changes, batch_size, rounds, args, device, precision):
+    """Measures and prints the costs of variants of a preset, {name: its changes}.
+
+    Returns the figures of early and intermediate fusion.
+    """
+    base = Config(**PRESETS[preset])
+    variants = {name: dataclasses.replace(base, **change) for name, change in changes.items()}
+    costs = step_costs(variants, batch_size, device, precision, args.compile, rounds)
+    peak = common.matmul_rate(device, precision, 4096)
+    early = costs["early"]
+    figures = {}
+    rows = [["", "v", "c", "M parameters", "GFLOPs", "saved, %", "ms a step", "speed-up",
+             "% of peak", "ms an image"]]
+    for name, cfg in variants.items():
+        own = costs[name]
+        saved = 100 * (1 - own["gflops"] / early["gflops"])
+        speedup = early["ms"] / own["ms"]
+        # a backward pass costs twice a forward pass
+        rate = 3 * own["gflops"] * 1e9 * batch_size / (own["ms"] / 1e3)
+        utilisation = 100 * rate / peak
+        rows.append([name, cfg.image_blocks, cfg.caption_blocks, f"{own['parameters'] / 1e6:.2f}",
+                     f"{own['gflops']:.3f}", saved, own["ms"], f"{speedup:.2f}", utilisation,
+                     own["sample_ms"]])
+        if name in ("early", "intermediate"):
+            for figure in ("gflops", "ms", "sample_ms"):
+                figures[f"{name}_{figure}"] = own[figure]
+        if name == "intermediate":
+            figures["flops_saved_percent"] = saved
+            figures["step_speedup"] = speedup
+            figures["mfu_percent"] = utilisation
+    common.print_table(rows, f"preset {preset}, batch {batch_size}, {common.machine()}, "
+                       f"{str(precision).removeprefix('torch.')}; peak {peak / 1e12:.2f} TFLOP/s; "
+                       "an image: 20 guided steps")
+    return figures
+
+
+# ------------------------------------------------------------------------------------------ analyse
+def effective_rank(matrices):
+    """exp of the entropy of the normalised singular values: (..., Q, K) -> (...).
+
+    Roy and Vetterli 2007; from 1 to min(Q, K).
+    """
+    values = torch.linalg.svdvals(matrices.cpu().double())                # some GPUs lack float64
+    p = values / values.sum(-1, keepdim=True).clamp(min=1e-12)
+    entropy = -(p * p.clamp(min=1e-12).log()).sum(-1)
+    return entropy.exp()
+
+
+@torch.no_grad()
+def text_attention(pipeline, images, captions, t):
+    """Attention of patches to text in each joint block: [(B, H, N, L)], and token_mask (B, L)."""
+    cfg = pipeline.cfg
+    torch.manual_seed(t)
+    x_0 = pipeline.encode(images)
+    timesteps = torch.full((len(x_0),), t, device=pipeline.device)
+    x_t = pipeline.diffusion.q_sample(x_0, timesteps, torch.randn_like(x_0))
+    text, mask = pipeline.text_encoder(captions)
+    y = pipeline.model.encode_text(text, mask)
+    _, logits = pipeline.model.denoise(x_t, timesteps, y, mask, return_logits=True)
+    patches = (cfg.size // cfg.patch)**2
+    # keys are [time, patches, text] in cross-attention, [time, text, patches] in concatenation
+    first = 1 + patches if cfg.fusion == "cross" else 1
+    maps = []
+    for block in logits:
+        maps.append(block.softmax(-1)[:, :, -patches:, first:first + cfg.text_length])
+    return maps, mask
+
+
+def ranks_and_shares(pipeline, images, captions):
+    """Effective ranks (blocks, images), and text's share of the patches' attention (blocks,).
+
+    Averaged over heads and five noise levels.
+    """
+    ranks = []                                                            # (levels, blocks, images)
+    shares = []                                                           # (levels, blocks)
+    for t in (100, 300, 500, 700, 900):
+        maps, mask = text_attention(pipeline, images, captions, t)
+        lengths = mask.sum(1).tolist()                                    # without padding
+        ranks.append([])
+        for block in maps:
+            ranks[-1].append([effective_rank(block[i, :, :, :length]).mean().item()
+                              for i, length in enumerate(lengths)])
+        shares.append([block.sum(-1).mean().item() for block in maps])
+    return np.mean(ranks, axis=0), np.mean(shares, axis=0)
+
+
+def analyse(args, device, precision):
+    """Effective rank of text-to-image attention, and its share of all attention, by block.
+
+    Rows of the matrix are patches, columns the caption's real tokens. Rank 1: every patch looks at
+    the text alike.
+    """
+    pipeline = sample.load_run(args.run, args.device, args.precision)
+    cfg = pipeline.cfg
+    data = toy.prepare(cfg.data, cfg.clip, pipeline.image_size)
+    dataset = pipeline.dataset(data, "val")
+    images = torch.stack([dataset.image(i) for i in range(64)])
+    captions = [texts[0] for _, texts, _ in dataset.items[:64]]
+    ranks, shares = ranks_and_shares(pipeline, images, captions)
+    half = cfg.depth // 2
+    names = [*(f"in_{i}" for i in range(half)), "middle", *(f"out_{i}" for i in range(half))]
+    names = names[cfg.image_blocks:len(names) - cfg.image_blocks]         # of the joint blocks
+    rows = [["block", "effective rank", "+-", "share of attention, %"]]
+    figures = {}
+    for name, rank, share in zip(names, ranks, shares):
+        rows.append([name, f"{rank.mean():.2f}", f"{common.ci95(rank):.2f}", 100 * share])
+        figures[f"rank_{name}"] = float(rank.mean())
+        figures[f"share_{name}"] = 100 * float(share)
+    _, mask = pipeline.text_encoder(captions)
+    tokens = mask.sum(1).float().mean().item()
+    common.print_table(rows, f"text-to-image attention of {args.run}; the rank is at most the mean "
+                       f"number of tokens, {tokens:.1f}")
+    folder, _ = common.run_files(args.run)
+    common.write_results(folder, figures)
+    numbers = range(cfg.image_blocks, cfg.image_blocks + len(names))
+    curves = {"effective rank": list(zip(numbers, ranks.mean(1))),
+              "share of attention x 10": list(zip(numbers, 10 * shares))}
+    common.plot(curves, folder / "attention_rank.png", "block", "text-to-image attention")
+    print(f"as a picture: {folder / 'attention_rank.png'}")
+
+
+# -------------------------------------------------------------------------------------------- steps
+def steps_curve(args, device, precision):
+    """Accuracy against the number of sampling steps, a table and <run>/steps.png."""
+    pipeline = sample.load_run(args.run, args.device, args.precision)
+    data = toy.prepare(pipeline.cfg.data, pipeline.cfg.clip, pipeline.image_size)
+    numbers = (5, 10, 15, 25, 50, 100)
+    rows = [["all right, %, after", *(f"{steps} steps" for steps in numbers)]]
+    curves = {}
+    figures = {}
+    for sampler in ("ddpm", "ddim", "dpm"):
+        row = [sampler]
+        for steps in numbers:
+            graded, _ = judge.accuracy(pipeline, data, args.samples, sampler=sampler, steps=steps)
+            row.append(graded["all"])
+            figures[f"{sampler}_{steps}"] = graded["all"]
+        curves[sampler] = list(zip(numbers, row[1:]))
+        rows.append(row)
+    common.print_table(rows, f"{args.run}: {args.samples} held-out captions")
+    folder, _ = common.run_files(args.run)
+    common.plot(curves, folder / "steps.png", "network evaluations", "held-out captions right, %")
+    common.write_results(folder, figures)
+    print(f"as a picture: {folder / 'steps.png'}")
+
+
+EXPERIMENTS = {"compare": compare, "cost": cost, "analyse": analyse, "steps": steps_curve}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="what to do")
+    parser.add_argument("--run", default="runs/uvit_fusion", help="analyse, steps: the run")
+    parser.add_argument("--samples", type=common.positive, default=2048,
+                        help="compare, steps: held-out captions to grade (default %(default)s)")
+    parser.add_argument("--seeds", type=common.positive, default=3,
+                        help="compare: seeds for concatenation (default %(default)s)")
+    parser.add_argument("--out", help="compare, cost: folder (default runs/compare, runs/cost)")
+    parser.add_argument("--overwrite", action="store_true", help="compare: train all anew")
+    parser.add_argument("--compile", action="store_true", help="cost: with torch.compile")
+    common.add_device_flags(parser)
+    common.add_config_flags(parser, Config, PRESETS)
+    args = parser.parse_args()
+    device = common.pick_device(args.device)
+    EXPERIMENTS[args.experiment](args, device, common.pick_precision(args.precision, device))
+
+
+if __name__ == "__main__":
+    common.entry(main)

@@ -1,0 +1,490 @@
+"""What the methods share: images and captions are read, texts encoded, runs saved and resumed."""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_coco
+from PIL import Image
+from safetensors.torch import load_file
+
+import common
+from common import CaptionedImages, LLMEncoder, UserError
+from toy.models import train_tokenizer
+
+
+# ------------------------------------------------------------------------------- captioned images
+def images_with_texts(root, count=24):
+    root.mkdir()
+    for i in range(count):
+        Image.new("RGB", (40, 30), (10 * i % 256, 0, 0)).save(root / f"{i:03d}.png")
+        (root / f"{i:03d}.txt").write_text(f"picture {i} told\n\nthe same in other words\n")
+    return root
+
+
+def images_with_metadata(root):
+    images_with_texts(root)
+    lines = []
+    for path in sorted(root.glob("*.txt")):
+        lines.append(json.dumps({"file_name": f"{path.stem}.png", "text": path.read_text()}))
+        path.unlink()
+    (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("layout, train, val, captions", [
+    (make_coco, 12, 4, 5), (lambda root: make_coco(root, "2014"), 12, 4, 5),
+    (images_with_texts, 22, 2, 2), (images_with_metadata, 22, 2, 1)])
+def test_a_folder_in_any_of_these_layouts_is_images_with_captions(
+        tmp_path, layout, train, val, captions):
+    root = layout(tmp_path / "data")
+    dataset = CaptionedImages(root, "train", 16)
+    assert (len(dataset), len(CaptionedImages(root, "val", 16))) == (train, val)
+    assert all(len(texts) == captions for _, texts, _ in dataset.items)
+    path, texts, _ = dataset.items[1]
+    assert int(path.stem[-3:]) == int(texts[0].split()[1])       # its own caption
+    assert "\n" not in texts[0] and texts[0] == texts[0].strip()
+    image, caption, broken = dataset[1, 7]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+    assert caption in texts and broken == ""
+    assert dataset[1, 7][1] == caption                           # the seed decides
+
+
+def test_every_image_comes_once_an_epoch_with_changing_captions(coco):
+    dataset = CaptionedImages(coco, "train", 16)
+    batches = list(common.batches(dataset, 4, 0, 6, seed=0))
+    assert all(images.shape == (4, 3, 16, 16) for images, _ in batches)
+    captions = [caption for _, some in batches for caption in some]
+    numbers = [caption.split()[1] for caption in captions]
+    assert len(set(numbers[:12])) == len(set(numbers[12:])) == 12
+    assert numbers[:12] != numbers[12:] and len(set(captions)) > 14
+
+
+def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(coco):
+    dataset = CaptionedImages(coco, "train", 16)
+    whole = list(common.batches(dataset, 4, 0, 5, seed=1))
+    for begin, workers in ((3, 0), (0, 2)):                      # resumed; read by processes
+        again = common.batches(dataset, 4, begin, 5, seed=1, workers=workers)
+        for (images, captions), (same, alike) in zip(whole[begin:], again, strict=True):
+            assert torch.equal(images, same) and captions == alike
+    assert whole[0][1] != next(common.batches(dataset, 4, 0, 5, seed=2))[1]
+    shares = [common.batches(dataset, 4, 0, 5, 1, rank=rank, world_size=2) for rank in (0, 1)]
+    for (_, captions), (_, first), (_, second) in zip(whole, *shares):
+        assert captions == first + second
+
+
+def test_an_image_is_its_largest_centred_square(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (10, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert np.array_equal(common.load_image(tmp_path / "wide.png", 10), pixels[:, 3:13])
+    Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "tall.png")
+    assert np.array_equal(common.load_image(tmp_path / "tall.png", 10), np.rot90(pixels)[3:13])
+
+
+def test_a_jpeg_may_be_large_grey_for_print_or_turned_by_a_camera(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 5, 3), dtype=np.uint8)
+    photo = Image.fromarray(pixels).resize((328, 200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                             # shown turned by a quarter
+    photo.save(tmp_path / "RGB.jpg")
+    photo.convert("L").save(tmp_path / "L.jpg")
+    photo.convert("CMYK").save(tmp_path / "CMYK.jpg")
+    photo.rotate(90, expand=True).save(tmp_path / "turned.jpg", exif=exif)
+    for name in ("RGB", "L", "CMYK", "turned"):
+        expected = photo.convert("L").convert("RGB") if name == "L" else photo
+        expected = np.asarray(expected.crop((64, 0, 264, 200)).resize((16, 16)))
+        found = common.load_image(tmp_path / f"{name}.jpg", 16).astype(float)
+        assert np.abs(found - expected).mean() < 5               # decoded at an eighth of its size
+
+
+def test_pixels_become_floats_and_back():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(-1, 3, -1, -1)
+    x = common.to_float(images)
+    assert x.min() == -1 and x.max() == 1
+    assert np.array_equal(common.to_uint8(x), images.permute(0, 2, 3, 1).numpy())
+    beyond = torch.tensor([-2.0, 2.0, 0.0]).view(1, 3, 1, 1)
+    assert common.to_uint8(beyond).tolist() == [[[[0, 255, 128]]]]
+
+
+def test_a_broken_image_is_replaced_and_counted(tmp_path, capsys):
+    root = images_with_texts(tmp_path / "data", 220)
+    (root / "007.png").write_bytes((root / "007.png").read_bytes()[:40])
+    dataset = CaptionedImages(root, "train", 16)
+    images = torch.cat([images for images, _ in common.batches(dataset, 11, 0, 40, seed=0)])
+    assert images.shape == (440, 3, 16, 16)
+    out = capsys.readouterr().out
+    assert out.count("007.png") == 1 and "\n1 images could not be read" in out
+    for i in (8, 9, 11):
+        (root / f"{i:03d}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="3 of 209 images cannot be read, more than 1 %"):
+        list(common.batches(CaptionedImages(root, "train", 16), 11, 0, 40, seed=0))
+    for path in root.glob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="twenty images in a row"):
+        CaptionedImages(root, "train", 16)[0, 0]
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda coco: shutil.rmtree(coco), "--data .*coco: there is no such folder"),
+    (lambda coco: (coco / "annotations" / "captions_train2017.json").unlink(), "train2014.json"),
+    (lambda coco: (coco / "annotations" / "captions_train2017.json").write_text("{"), "valid JSON"),
+    (lambda coco: (coco / "annotations" / "captions_train2017.json").write_text(
+        '{"images": [], "annotations": [{"bbox": []}]}'), "not instances"),
+    (lambda coco: shutil.rmtree(coco / "train2017"), "unpack train2017.zip"),
+    (lambda coco: (coco / "train2017" / "000000000003.jpg").unlink(), "1 of 12 .*000000000003"),
+    (lambda coco: shutil.rmtree(coco / "annotations"), "no image with a caption for the train")])
+def test_a_folder_that_is_not_as_described_is_refused(coco, damage, words):
+    damage(coco)
+    with pytest.raises(UserError, match=words):
+        CaptionedImages(coco, "train", 16)
+
+
+# ---------------------------------------------------------------------------------- text encoders
+def test_a_text_encoder_gives_features_and_a_mask_that_no_other_caption_changes(
+        clip_folder, capsys):
+    encoder = common.TextEncoder(clip_folder)
+    features, mask = encoder(["two red circles", "word " * 100, ""])
+    assert features.shape == (3, 16, 32) == (3, encoder.length, encoder.dim)
+    assert mask[1].all() and mask[2].tolist() == [True] * 2 + [False] * 14
+    alone, own_mask = encoder(["two red circles"])
+    assert torch.allclose(features[:1], alone, atol=1e-5) and torch.equal(mask[:1], own_mask)
+    encoder(["word " * 90])
+    assert capsys.readouterr().out.count("cut off") == 1         # said once
+    assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
+
+
+TEXTS = ["two red circles above a blue square", "", "a man on a horse", "三个 circles и 🟢"]
+SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=2, max_position_embeddings=64)
+T5 = dict(vocab_size=300, d_model=32, d_ff=48, d_kv=16, num_layers=2, num_heads=2)
+LLMS = {  # class of transformers: its settings, and what its tokenizer makes of a text
+    "LlamaForCausalLM": (SIZES | dict(num_key_value_heads=1), "<|start|> $A"),
+    "Qwen2ForCausalLM": (SIZES | dict(num_key_value_heads=1), "$A"),      # "" has no token
+    "T5ForConditionalGeneration": (T5, "$A <|end|>"),
+    "BertForMaskedLM": (SIZES, "<|start|> $A <|end|>"),
+}
+
+
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory):
+    """The folders of language models of random weights, by their class."""
+    import transformers
+    folders = {}
+    for kind, (sizes, template) in LLMS.items():
+        folders[kind] = str(tmp_path_factory.mktemp(kind))
+        torch.manual_seed(0)
+        model = getattr(transformers, kind)
+        model = model(model.config_class(**sizes))
+        for parameter in model.parameters():         # so that attention is far from even
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        model.save_pretrained(folders[kind])
+        train_tokenizer(TEXTS, 300, 64, template).save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_an_llm_gives_the_states_of_each_text_as_if_it_were_alone(llms, kind):
+    encoder = LLMEncoder(llms[kind])
+    features, mask = encoder([*TEXTS, "horse " * 100])
+    assert features.shape == (5, 64, 32) and features.dtype == torch.float32
+    for i, text in enumerate(TEXTS):
+        ids = encoder.tokenizer([text], return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = encoder.model(ids if len(ids[0]) else torch.zeros(1, 1).long())[0][0]
+        assert mask[i].sum() == len(expected) and mask[i, :len(expected)].all()
+        assert torch.allclose(features[i, :len(expected)], expected, atol=1e-4)
+    assert mask[4].all()                             # cut off where the model ends
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_an_instruction_is_read_and_cut_off_again(llms, kind):
+    text = "two red circles"
+    plain, _ = LLMEncoder(llms[kind])([text])
+    told, mask = LLMEncoder(llms[kind], instruction="a man on a horse ")([text, "a"])
+    begin = LLMS[kind][1].startswith("<|start|>")    # it stands before the instruction
+    assert told.shape[1] == plain.shape[1] - begin and mask[0].all()
+    assert (told[0] - plain[0, begin:]).abs().amax(-1).min() > 0.01   # every token has read it
+    features, mask = LLMEncoder(llms[kind], instruction="describe:")([""])
+    assert features.shape == (1, 1, 32) and mask.all()   # something is left of no text at all
+
+
+def test_layers_count_from_the_embeddings_to_the_last(llms):
+    at = {layer: LLMEncoder(llms["LlamaForCausalLM"], layer) for layer in (-3, -1, 0, 1, 2)}
+    features = {layer: encoder(TEXTS[:1])[0] for layer, encoder in at.items()}
+    ids = at[0].tokenizer(TEXTS[:1], return_tensors="pt").input_ids
+    assert torch.equal(features[0], at[0].model.get_input_embeddings()(ids))
+    assert torch.equal(features[0], features[-3]) and torch.equal(features[2], features[-1])
+    assert not torch.allclose(features[1], features[2], atol=0.1)
+    with pytest.raises(UserError, match="--llm-layer 3: .* 0 .* to 2"):
+        LLMEncoder(llms["LlamaForCausalLM"], 3)
+    # the identity names weights, layer and instruction, whatever the precision
+    same = LLMEncoder(llms["LlamaForCausalLM"], dtype=torch.bfloat16)
+    other = LLMEncoder(llms["LlamaForCausalLM"], instruction="a")
+    assert at[2].identity == at[-1].identity == same.identity
+    assert len({at[1].identity, at[2].identity, other.identity}) == 3
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "BertForMaskedLM"])
+def test_a_model_that_is_no_clip_is_refused(llms, path):
+    with pytest.raises(UserError, match="--clip .* CLIP text model"):
+        common.TextEncoder(llms.get(path, path))
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+def test_lora_begins_as_nothing_and_merges_into_the_weights():
+    model = torch.nn.ModuleDict({"qkv": torch.nn.Linear(12, 20), "fc": torch.nn.Linear(12, 20)})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    common.add_lora(model, rank=3)
+    assert torch.equal(model["qkv"].weight, before["qkv.weight"])
+    trained = {name.split(".")[-1]: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == {"A", "B"}                # of qkv alone
+    with torch.no_grad():
+        trained["B"].normal_()
+        expected = before["qkv.weight"] + trained["B"] @ trained["A"]
+    assert torch.linalg.matrix_rank(trained["B"] @ trained["A"]) == 3
+    assert torch.allclose(model["qkv"].weight, expected)
+    merged = common.merge_lora(model).state_dict()
+    torch.testing.assert_close(merged, before | {"qkv.weight": expected})
+
+
+# ------------------------------------------------------------------------------------------ files
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), common.atomic_write(path) as unfinished:
+        unfinished.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with common.atomic_write(path) as unfinished:
+        unfinished.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+class Code:
+    """In a pickle, it would make the folder `ran` when it is read."""
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_weights_are_read_and_code_beside_them_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tensors = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+    common.save_tensors(tensors, "a.safetensors")
+    torch.save({"state_dict": tensors | {"step": 3}}, "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        torch.testing.assert_close(common.read_weights(name, "weights"), tensors)
+    torch.save({"weight": Code()}, "code.pth")
+    with pytest.raises(UserError, match="code.pth holds code"):
+        common.read_weights("code.pth", "code.pth")
+    assert not os.path.exists("ran")
+    for name in ("a.safetensors", "a.pth"):
+        Path(name).write_bytes(Path(name).read_bytes()[:150])
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            common.read_weights(name, name)
+    with pytest.raises(UserError, match="no file none.pth: train first"):
+        common.read_weights("none.pth", "base", ": train first")
+    with pytest.raises(UserError, match=r"a.pth .*weight: \(2, 3\) in the file, \(2, 4\) here"):
+        common.load_into(torch.nn.Linear(4, 2), tensors, "a.pth")
+
+
+# --------------------------------------------------------------------------------------- settings
+@dataclasses.dataclass
+class Config:
+    steps: int = 50  # training steps
+    rate: float = 0.5  # share of 100 %
+    kind: Literal["a", "b"] = "a"  # which of the two
+    masked: bool = True  # or not
+    betas: tuple = (0.9, 0.99)  # of the optimizer
+    width: int = 8
+
+
+PRESETS = {"toy": {}, "large": {"width": 64, "steps": 1000}}
+
+
+def test_the_comment_behind_a_setting_is_the_help_of_its_flag(capsys, tmp_path):
+    parser = argparse.ArgumentParser()
+    common.add_config_flags(parser, Config, PRESETS)
+    help_text = parser.format_help()
+    assert "training steps (toy: 50)" in help_text and "share of 100 %" in help_text
+    assert "--width" not in help_text                # no comment, no flag
+    flags = "--preset large --steps 7 --rate 1e-3 --kind b --no-masked --betas 0 1".split()
+    cfg = common.make_config(Config, PRESETS, parser.parse_args(flags))
+    assert cfg == Config(7, 1e-3, "b", False, (0.0, 1.0), 64)
+    assert common.make_config(Config, PRESETS, parser.parse_args([])) == Config()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kind", "c"])
+    assert "invalid choice: 'c'" in capsys.readouterr().err
+    common.write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
+    assert common.read_config(Config, tmp_path) == cfg
+    common.write_json(tmp_path / "config.json", {"depth": 3})
+    with pytest.raises(UserError, match="config.json .*depth"):
+        common.read_config(Config, tmp_path)
+
+
+# ----------------------------------------------------------------------------------- a run folder
+def train(folder, cfg=None, resume=False, overwrite=False, precision="fp32", events=()):
+    """A training as every method has it, of one weight, to which each step adds its number.
+
+    events: {step: function(model) that is called in it}.
+    """
+    cfg = cfg or Config()
+    model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    model.weight.zero_()
+    args = argparse.Namespace(resume=resume, overwrite=overwrite)
+    run = common.Run(folder, cfg, [model], model.state_dict(), args, precision, save_every=30)
+    for step in range(run.start + 1, cfg.steps + 1):
+        model.weight += step
+        if step in events:
+            events[step](model)
+        run.log(step, loss=model.weight.mean(), share=0.5)
+        if run.due(step):
+            run.save(step)
+    return model.weight.item()
+
+
+def test_a_run_leaves_its_settings_its_weights_its_losses_and_a_plot(tmp_path):
+    assert train(tmp_path / "run") == 1275           # 1 + ... + 50
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert files == {"config.json", "model.safetensors", "state.pt", "metrics.csv", "loss.png"}
+    assert load_file(tmp_path / "run" / "model.safetensors")["weight"].item() == 1275
+    assert common.read_config(Config, tmp_path / "run") == Config()
+    rows = (tmp_path / "run" / "metrics.csv").read_text().split()
+    # means over steps: the weight is n (n + 1) / 2 after step n
+    assert rows == ["step,loss,share", "20,77,0.5", "40,497,0.5", "50,1062,0.5"]
+
+
+def ctrl_c(model):
+    signal.raise_signal(signal.SIGINT)
+
+
+def power_cut(model):
+    raise RuntimeError
+
+
+def diverge(model):
+    model.weight.fill_(math.nan)
+
+
+@pytest.mark.parametrize("step", [10, 35])
+def test_ctrl_c_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, capsys, step):
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", events={step: ctrl_c})
+    assert stopped.value.code == 130
+    assert f"stopped after step {step}; to go on: the same" in capsys.readouterr().out
+    assert torch.load(tmp_path / "run" / "state.pt")["step"] == step
+    assert train(tmp_path / "run", resume=True) == 1275
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_logs_no_step_twice(tmp_path):
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "run", events={45: power_cut})
+    assert load_file(tmp_path / "run" / "model.safetensors")["weight"].item() == 465   # step 30
+    assert train(tmp_path / "run", resume=True) == 1275
+    rows = (tmp_path / "run" / "metrics.csv").read_text().split()[1:]
+    assert [row.split(",")[0] for row in rows] == ["20", "40", "50"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="step 40: .*nan.* --lr"):
+        train(tmp_path / "run", events={33: diverge})
+    assert torch.load(tmp_path / "run" / "state.pt")["step"] == 30
+
+
+def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--resume: there is no run in run/"):
+        common.check_run("run", argparse.Namespace(resume=True, overwrite=False))
+    train("run")
+    with pytest.raises(UserError, match="run/ holds a run already: --resume .* --overwrite"):
+        train("run")
+    with pytest.raises(UserError, match="begun with steps = 50, now it is 60"):
+        train("run", Config(steps=60), resume=True)
+    with pytest.raises(UserError, match="trained in fp32, now .* bf16"):
+        train("run", resume=True, precision="bf16")
+    torch.save({"precision": "fp32", "step": Code()}, "run/state.pt")
+    with pytest.raises(UserError, match="state.pt is damaged"):
+        train("run", resume=True)
+    assert not os.path.exists("ran")
+    assert train("run", overwrite=True) == 1275
+    assert common.run_files("run/early.safetensors")[0] == common.run_files("run")[0]
+
+
+# ----------------------------------------------------------------------------- results, pictures
+def test_intervals_shrink_with_the_number_of_values():
+    few = np.array([0, 1, np.nan] * 50, float)       # nan: a question that does not apply
+    assert common.ci95(few) == pytest.approx(1.96 * 0.5 / 10)
+    assert common.ci95(np.tile(few, 4)) == pytest.approx(common.ci95(few) / 2)
+    assert common.percent("count", few) == pytest.approx({"count": 50, "count_ci": 9.8})
+
+
+def test_results_are_kept_beside_new_ones_and_say_how_they_were_made(tmp_path):
+    common.write_results(tmp_path / "run", {"all": 12.3456789, "samples": 2048})
+    common.write_results(tmp_path / "run", {"all": 13.0})
+    results = common.read_json(tmp_path / "run" / "results.json")
+    assert (results["all"], results["samples"]) == (13.0, 2048)
+    assert set(results) == {"all", "samples", "commit", "machine", "command"}
+
+
+def test_a_grid_has_each_image_in_its_place_and_its_text_below(tmp_path):
+    images = np.empty((4, 128, 128, 3), np.uint8)
+    images[:] = np.array([0, 60, 120, 180]).reshape(4, 1, 1, 1)
+    common.image_grid(images, [""] * 4, tmp_path / "bare.png", columns=2)
+    bare = np.asarray(Image.open(tmp_path / "bare.png"))
+    assert bare.shape == (280, 280, 3)
+    assert [bare[y, x, 0] for y in (20, 160) for x in (20, 160)] == [0, 60, 120, 180]
+    common.image_grid(images, ["two red circles above a blue square"] * 4, tmp_path / "grid.png",
+                      columns=2, titles=["early", "intermediate"])
+    grid = Image.open(tmp_path / "grid.png")
+    assert grid.height > 280 and grid.width > 280
+
+
+@pytest.mark.parametrize("text", ["two red circles to the left of a blue square",
+                                  "三个绿色的圆形在蓝色的正方形上方"])
+def test_lines_fit_and_lose_nothing(text):
+    font = common.load_font()
+    lines = common.wrap(text, 96, font)
+    assert len(lines) > 1 and all(font.getlength(line) <= 96 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_falling_curve_is_drawn_as_a_falling_line(tmp_path):
+    curve = [(x, 2.0 - x / 100) for x in range(100)]
+    common.plot({"loss": curve, "empty": []}, tmp_path / "loss.png", "step", "loss")
+    pixels = np.asarray(Image.open(tmp_path / "loss.png")).astype(int)
+    blue = np.abs(pixels - [0x2c, 0x5c, 0xd2]).sum(-1) < 30      # the first curve's colour
+    begin, end = (np.nonzero(blue[:, x:x + 20])[0].mean() for x in (80, 560))
+    assert begin < end - 50                                      # rows count from the top
+
+
+# ------------------------------------------------------------------------------------ the command
+def test_a_slip_is_one_line_with_status_2_and_ctrl_c_has_130(capsys):
+    def slip():
+        raise UserError("--size 9 is no multiple of --patch 2")
+
+    def stop():
+        raise KeyboardInterrupt
+    for main, status in ((slip, 2), (stop, 130)):
+        with pytest.raises(SystemExit) as end:
+            common.entry(main)
+        assert end.value.code == status
+    assert capsys.readouterr().err.endswith(": error: --size 9 is no multiple of --patch 2\n")
+    assert common.entry(lambda: 3) == 3
+
+
+def test_device_and_precision_are_the_asked_ones():
+    cpu = common.pick_device("cpu")
+    assert cpu == torch.device("cpu")
+    with pytest.raises(UserError, match="--device tpu cannot be used here"):
+        common.pick_device("tpu")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with common.autocast(cpu, common.pick_precision(name, cpu)):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
