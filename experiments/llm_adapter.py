@@ -1,0 +1,112 @@
+"""An LLM as the text encoder: what each part of the adapter gives, and what its first stage.
+
+    python -m experiments.llm_adapter compare --steps-1 600 --steps-2 300 --samples 512
+
+Trains each variant in stage 1 alone, on the same texts in the same order; "no_stage_1" in stage 2
+alone. Grades it on held-out scenes: in four languages taking turns, as paragraphs, and in English.
+Prints one table and writes results.json into runs/llm_compare. A variant that is finished is kept,
+so the command can be given again.
+"""
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import common
+import llm_adapter
+from common import UserError
+from llm_adapter import PRESETS, Adapter, Config
+from toy import multilingual
+
+
+# ------------------------------------------------------------------------------------ the adapters
+class UnmaskedAdapter(Adapter):
+    """Attends to the padding of the LLM's tokens, as the released code does in stage 1."""
+    def forward(self, h, mask):
+        return super().forward(h, torch.ones_like(mask))
+
+
+class MLPAdapter(Adapter):
+    """Each token by itself: token i of y is made of token i of the LLM; no attention, no conv."""
+    def forward(self, h, mask):
+        length = self.queries.shape[1]
+        missing = max(0, length - h.shape[1])
+        h = F.pad(h, (0, 0, 0, missing))[:, :length]                        # (B, L, llm_dim)
+        mask = F.pad(mask, (0, missing))[:, :length]                        # (B, L)
+        r = self.norm(self.mlp(self.norm_in(h)))
+        y = self.mean + self.std * self.out(r).float()
+        p = 20 * mask.float() - 10              # 10 or -10: as many tokens as the LLM has
+        return y, p, self.pooled(r.mean(1)).float()
+
+
+# the settings that each variant changes
+ABLATIONS = {
+    "adapter": {},                              # reads the embeddings, layer 0
+    "layer_first": {"llm_layer": 1},
+    "layer_middle": {"llm_layer": 2},
+    "layer_last": {"llm_layer": -1},
+    "no_mask": {},
+    "no_window": {"conv_kernel": 1},            # a token's neighbours do not reach it
+    "mlp": {},
+    "no_stage_1": {},
+}
+ADAPTERS = {"no_mask": UnmaskedAdapter, "mlp": MLPAdapter}
+KINDS = ("turns", "long", "english")            # of prompts, see toy.multilingual
+
+
+# ---------------------------------------------------------------------------------- the comparison
+def run_variant(name, cfg, folder, args):
+    """Trains and grades a variant, or reads the figures of one that is finished."""
+    base, data, llm, cfg = llm_adapter.prepare(cfg, args)
+    stage = 2 if name == "no_stage_1" else 1
+    if (folder / "results.json").exists() and not args.overwrite:
+        if common.read_config(Config, folder) != llm_adapter.stage_config(cfg, stage):
+            raise UserError(f"{folder}/ was made with other settings: give the same ones, "
+                            "--overwrite, or another --out")
+        return common.read_json(folder / "results.json")
+    print(f"\n{name}, into {folder}/")
+    run_args = argparse.Namespace(resume=not args.overwrite, overwrite=args.overwrite)
+    adapter_class = ADAPTERS.get(name, Adapter)
+    pipeline = llm_adapter.train(cfg, base, llm, data, folder, run_args, [stage], adapter_class)
+    figures = {}
+    for kind in KINDS:
+        _, right = multilingual.grade(pipeline, kind, data, args.samples, args.sample_steps)
+        figures |= common.percent(kind, right)
+    common.write_results(folder, figures)
+    return figures
+
+
+def compare(args):
+    cfg = common.make_config(Config, PRESETS, args)
+    folder = Path(args.out or "runs/llm_compare")
+    rows = [["all right, %", "four languages", "+-", "long", "english"]]
+    figures = {}
+    for name, change in ABLATIONS.items():
+        variant = dataclasses.replace(cfg, **change)
+        result = run_variant(name, variant, folder / name, args)
+        figures[name] = result["turns"]
+        figures[f"{name}_ci"] = result["turns_ci"]
+        figures[f"{name}_long"] = result["long"]
+        figures[f"{name}_english"] = result["english"]
+        rows.append([name, result["turns"], result["turns_ci"], result["long"], result["english"]])
+    common.write_results(folder, figures)
+    common.print_table(rows, f"{folder}: {args.samples} held-out scenes; {cfg.steps_1} steps of "
+                       f"stage 1 alone, no_stage_1: {cfg.steps_2} of stage 2 alone")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["compare"])
+    parser.add_argument("--samples", type=common.positive, default=2048,
+                        help="held-out prompts of each kind to grade (default %(default)s)")
+    parser.add_argument("--sample-steps", type=common.positive, default=10,
+                        help="sampling steps of a graded image (default %(default)s)")
+    common.add_training_flags(parser, "folder of the runs (default runs/llm_compare)")
+    common.add_config_flags(parser, Config, PRESETS)
+    compare(parser.parse_args())
+
+
+if __name__ == "__main__":
+    common.entry(main)
