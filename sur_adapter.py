@@ -1,137 +1,118 @@
-r"""Narrative prompts understood: an adapter on the text features, aligned to keyword prompts and distilled from an LLM (arXiv 2305.05189).
+r"""SUR-adapter: an LLM's understanding of narrative prompts, distilled (arXiv 2305.05189).
 
-The idea. "A trio of balls the colour of grass" says what "green, circle, x3" says, but a text-to-image model that has only learned the second
-does not know it. SUR, an adapter for semantic understanding and reasoning, sits between the frozen text encoder and the frozen network and
-learns from triples (narrative prompt v, keyword prompt k, picture): the picture must come out, v must come to look as k does, and the adapter's
-own states must tell what an LLM thinks of v. When drawing no LLM is needed.
+The idea. "A trio of balls the colour of grass" means "green, circle, x3", but a text-to-image model
+that has only learned the second does not know it. SUR, an adapter for semantic understanding and
+reasoning, stands between the frozen text encoder and the frozen network. It learns from triples
+(narrative prompt v, keyword prompt k, image): the image must be denoised well, the features of v
+must become those of k, and the adapter's states must tell what an LLM makes of v. The LLM is not
+needed to generate images.
 
-    x = text encoder(v)                                        (B, L, d), frozen
-    h = transformer encoder(x)                                 (B, L, d)
-    w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + h             (B, L, d)
-    a = W_2 relu(W_1 w) + w                                    (B, L, d)
-    y = x + eta fc(a)                                          (B, L, d), in the place of x; fc begins at zero, so y = x
+    x = text encoder(v)                                    (B, L, d), frozen
+    h = transformer encoder(x)                             (B, L, d)
+    w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + h         (B, L, d)
+    a = W_2 relu(W_1 w) + w                                (B, L, d)
+    y = x + eta fc(a)                                      (B, L, d), takes the place of x
 
-    D(teacher, student) = T^2 KL(softmax student / T || softmax teacher / T), over the d features of a token; T: temperature
-                          summed over the tokens, mean over the batch
-    L = noise_weight | network(x_t, t, y) - target |^2  +  prompt_weight D(text encoder(k), y)  +  llm_weight D(mean of LLM(v), P h)
+    D(teacher, student) = T^2 KL(softmax(student / T) || softmax(teacher / T))
+                          over the d features of a token, summed over tokens, mean over the batch
+    L = noise_weight  |network(x_t, t, y) - target|^2
+      + prompt_weight D(text encoder(k), y)
+      + llm_weight    D(mean of LLM(v), P h)               P: a linear map to the LLM's width
 
-P is a linear map to the LLM's width. Prompts and the empty prompt go through the adapter alike.
+fc starts at zero, so that y = x. The empty prompt, used for guidance, goes through the adapter too.
 
-    python sur_adapter.py --train                             # on the flagship in runs/uvit_fusion: 5 min on two CPU cores, 79 % of narratives right
-    python sur_adapter.py --compare                           # what each term gives, and what the defects of the release cost, in one table
+    python sur_adapter.py --train           # on runs/uvit_fusion: 6 min on two CPU cores, 77 % of
+                                            # narratives right (0.5 % without the adapter)
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
-    python sur_adapter.py --train --preset paper --base runs/coco --data path/to/SURD --llm path/to/vicuna-13b
 
-Differs from the paper (what its released code does in brackets; `--as-released` brings the first five back):
- 1. The noise loss reaches the adapter [it was cut off the graph, so that only the two weak terms below trained it].
- 2. The encoder attends over the tokens of a prompt, padding masked [over the batch: its axes were exchanged].
- 3. P maps the adapter's states to the LLM's width, is trained and saved. [A random map of the LLM's state to width d, frozen, not saved.] If the
-    map of the LLM's side is trained instead, it can shrink what it teaches until there is nothing to learn: see --compare.
+Differs from the paper (in brackets what its released code does; docs/sur_adapter.md has them all):
+ 1. The noise loss trains the adapter [its gradient is cut off].
+ 2. The encoder attends over the tokens of a prompt, without padding [over the prompts of a batch].
+ 3. P maps the adapter's states to the LLM's width and is trained [P maps the LLM's state to d, is
+    random and frozen: if it were trained, it could shrink what it teaches].
  4. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
- 5. w adds h [x: then the encoder's states only say where one attention of one head looks, and nothing that they found out gets through; see
-    "paper_w" in --compare; --residual x].
- 6. toy: eta 1, weights 3, 0.2 and 0.02 [0.1; 1, 1e-5 and 1e-5]; with the noise loss mended they had to be tuned again. The distances are taken
-    at temperature 4 [1].
- 7. toy: width 128, 4 heads, feed-forward 96 [768, 8, 2048]; norms before the layers, which begin as the identity but for their biases [behind
-    them], GELU [ReLU]; no dropout [0.1, also when drawing]; Muon 0.02 on the matrices, AdamW 2e-3 on the rest [AdamW 1e-5].
- 8. Captions are dropped with p = 0.1 [never], so that the empty prompt, which guides, stays what it was.
- 9. Where the network does not see padding, tokens behind the end of k are aligned to its last one.
-10. The toy world's triples hold plain captions as well, each its own keyword prompt: plain prompts shall stay as they are.
-11. toy: the noise loss is taken of a part of each batch [of all].
+ 5. w adds h [x: then h does nothing but decide where to attend].
+ 6. toy: eta 1, weights 3, 0.2 and 0.02, T = 4 [eta 0.1, weights 1, 1e-5 and 1e-5, T = 1].
 """
 import argparse
 import copy
-import csv
 import dataclasses
-import functools
-import math
-import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
+from tqdm import trange
 
 import common
+import toy.narratives
 import uvit_fusion
-from common import UserError, setting
-from uvit_fusion import Attention, softmax_attention
+from common import UserError
+from uvit_fusion import Attention, diffusion_loss, padding_bias, softmax_attention
 
 
 @dataclass
-class Settings:
-    """Everything that makes a run: saved as config.json, read back by whatever loads the run."""
-    # what it stands on
-    base: str = setting("runs/uvit_fusion", "run of uvit_fusion.py whose text encoder gets the adapter")
-    llm: str = setting("runs/toy/llm", "language model that is distilled: a folder in the Hugging Face format or a name on its hub")
-    llm_layer: int = setting(-2, "whose states are distilled: 0 the embeddings, -1 the last layer")
-    # the adapter
-    layers: int = setting(2, "of the transformer encoder", low=0)
-    heads: int = setting(4, "attention heads", low=1)
-    feed_forward: int = setting(96, "width of the encoder's feed-forward layers", low=1)
-    residual: str = setting("h", 'what is added to the attention in w: "h", or "x" as in the paper', choices=("h", "x"))
-    eta: float = setting(1.0, "share of the adapter in its output", above=0)
-    projection: str = setting("student", '"student": a trained map of the adapter\'s states to the LLM\'s width; "teacher": a trained map of the '
-                              'LLM\'s to the adapter\'s; "frozen": the same, not trained', choices=("student", "teacher", "frozen"))
-    as_released: bool = setting(False, "repeat the defects of the released code: no gradient from the noise loss, attention over the batch, "
-                                "a frozen projection, no identity at the start, x in w")
-    # the loss
-    noise_weight: float = setting(3.0, "weight of the noise loss", low=0)
-    prompt_weight: float = setting(0.2, "weight of the distance to the keyword prompt", low=0)
-    llm_weight: float = setting(0.02, "weight of the distance to the LLM", low=0)
-    temperature: float = setting(4.0, "T, of both distances: at 1 they hardly see features below zero", above=0)
-    # the training
-    steps: int = setting(2800, "training steps", low=1)
-    batch: int = setting(64, "triples a step", low=1)
-    pictures: int = setting(16, "of them whose noise loss is computed, which takes far longer than the other terms", low=1)
-    optimizer: str = setting("muon", '"adamw", or "muon" for the adapter\'s matrices and AdamW for the rest', choices=("adamw", "muon"))
-    lr: float = setting(2e-3, "highest learning rate of AdamW", above=0)
-    muon_lr: float = setting(2e-2, "and of Muon", above=0)
-    warmup: int = setting(50, "steps of linear warm-up", low=0)
-    decay: float = setting(1.0, "share of the steps, at the end, over which the rate falls to zero along a cosine", low=0, high=1)
-    weight_decay: float = setting(0.01, "of AdamW", low=0)
-    betas: tuple = setting((0.9, 0.99), "of AdamW", low=0, high=0.99999)
-    clip_grad: float = setting(1.0, "largest norm of the gradient (0: no clipping)", low=0)
-    ema: float = setting(0.99, "decay of the running average of the weights (0: none)", low=0, high=1)
-    drop: float = setting(0.1, "share of prompts replaced by the empty one", low=0, high=1)
-    seed: int = setting(0, "of weights, order and noise", low=0, high=10**6)
-    # what it is trained on
-    data: str = setting("shapes", '"shapes" (the toy world), or a folder of pictures with metadata.jsonl, see `triples`')
-    base_identity: str = ""        # of the network and its text encoder, down to the weights; set from them, as is the next
+class Config:
+    base: str = "runs/uvit_fusion"  # run of uvit_fusion.py whose text encoder gets the adapter
+    llm: str = "runs/toy/llm"       # language model to distil: a folder, or a name on the hub
+    llm_layer: int = -2             # whose states are distilled: 0 the embeddings, -1 the last
+    layers: int = 2                 # of the adapter's transformer encoder
+    heads: int = 4                  # of its attention
+    feed_forward: int = 96          # width of its feed-forward layers
+    residual: Literal["h", "x"] = "h"  # what w adds to its attention; the paper adds x
+    eta: float = 1.0                # weight of the adapter in its output
+    noise_weight: float = 3.0       # weight of the noise loss
+    prompt_weight: float = 0.2      # weight of the distance to the keyword prompt
+    llm_weight: float = 0.02        # weight of the distance to the LLM
+    temperature: float = 4.0        # T of both distances; at 1 they hardly see features below 0
+    steps: int = 2800               # training steps
+    batch_size: int = 64            # triples a step
+    images: int = 16                # triples a step that have a noise loss, the costly term
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: on the matrices, AdamW on the rest
+    lr: float = 2e-3                # highest learning rate of AdamW
+    muon_lr: float = 2e-2           # highest learning rate of Muon
+    warmup: int = 50                # steps of linear warm-up
+    decay: float = 1.0              # share of the steps, at the end, in which the rate falls to 0
+    weight_decay: float = 0.01      # of both optimizers
+    betas: tuple = (0.9, 0.99)      # of AdamW
+    grad_clip: float = 1.0          # largest norm of the gradient (0: no clipping)
+    ema: float = 0.99               # decay of the running average of the weights
+    caption_dropout: float = 0.1    # share of triples whose prompts are replaced by the empty one
+    seed: int = 0                   # of weights, order and noise
+    data: str = "shapes"            # "shapes" (the toy world), or a folder with metadata.jsonl
+    # no flags: `prepare` sets them; sample.py loads a run by its method
+    base_identity: str = ""
     llm_identity: str = ""
     llm_dim: int = 0
     method: str = "sur_adapter"
 
-    def __post_init__(self):
-        """Raises UserError for settings that are out of range or do not fit together."""
-        common.check_limits(self)
-        if self.pictures > self.batch:
-            raise UserError(f"--pictures {self.pictures}: choose --batch, {self.batch}, or less")
-
 
 PRESETS = {
     "toy": {},
-    # the values of the release; the network was Stable Diffusion 1.5, the LLM a LLaMA of 13 billion parameters
-    "paper": dict(base="runs/coco", llm="lmsys/vicuna-13b-v1.5", heads=8, feed_forward=2048, residual="x", eta=0.1, noise_weight=1.0,
-                  prompt_weight=1e-5, llm_weight=1e-5, temperature=1.0, steps=5000, batch=4, pictures=4, optimizer="adamw", lr=1e-5, warmup=0,
-                  decay=0.0, betas=(0.9, 0.999), ema=0.0, drop=0.0, data="SURD"),
+    # the values of the release, made for Stable Diffusion 1.5 and a LLaMA of 13 billion parameters
+    "paper": dict(
+        base="runs/coco", llm="lmsys/vicuna-13b-v1.5", data="SURD",
+        heads=8, feed_forward=2048, residual="x", eta=0.1,
+        noise_weight=1.0, prompt_weight=1e-5, llm_weight=1e-5, temperature=1.0,
+        steps=5000, batch_size=4, images=4, caption_dropout=0.0,
+        optimizer="adamw", lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0,
+    ),
 }
+MUON_NAMES = ("encoder_blocks", "query", "key", "mlp", "fc")          # all matrices but P
 
 
-# ------------------------------------------------------------------------------------------------------------ the adapter
+# ------------------------------------------------------------------------------------ the adapter
 class EncoderBlock(nn.Module):
-    """A pre-norm layer of the transformer encoder, h (B, L, d) -> (B, L, d), with a narrow feed-forward part.
-
-    It begins as the identity but for its biases.
-    """
+    """A pre-norm transformer block, (B, L, d) -> (B, L, d); at first the identity plus biases."""
     def __init__(self, dim, heads, feed_forward):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim))
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim))
         nn.init.zeros_(self.attn.proj.weight)
         nn.init.zeros_(self.mlp[2].weight)
 
@@ -141,359 +122,256 @@ class EncoderBlock(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Text features x (B, L, d), mask (B, L) -> y (B, L, d), which takes their place, and the encoder's states h (B, L, d).
-
-    d: `dim`; llm_dim: width of the LLM that is distilled. A padded token changes no other token, a prompt no other prompt.
-    """
-    def __init__(self, s, dim, llm_dim):
+    """Text features x -> features y of the same shape; dim: d, llm_dim: the LLM's width."""
+    def __init__(self, cfg, dim, llm_dim):
         super().__init__()
-        if dim % s.heads:
-            raise UserError(f"--heads {s.heads} cannot share text features of {dim}: choose a divisor of it")
-        self.eta, self.released, self.projection = s.eta, s.as_released, "frozen" if s.as_released else s.projection
-        self.carries_states = s.residual == "h" and not s.as_released
-        self.encoder_blocks = nn.ModuleList(EncoderBlock(dim, s.heads, s.feed_forward) for _ in range(s.layers))
-        self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        if dim % cfg.heads:
+            raise UserError(f"--heads {cfg.heads}: choose a divisor of {dim}, the text's width")
+        self.eta = cfg.eta
+        self.residual = cfg.residual
+        self.encoder_blocks = nn.ModuleList(
+            EncoderBlock(dim, cfg.heads, cfg.feed_forward) for _ in range(cfg.layers))
+        self.query = nn.Linear(dim, dim, bias=False)                                # W_q
+        self.key = nn.Linear(dim, dim, bias=False)                                  # W_k
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.fc = nn.Linear(dim, dim)
-        self.project = nn.Linear(dim, llm_dim) if self.projection == "student" else nn.Linear(llm_dim, dim)      # P
+        self.project = nn.Linear(dim, llm_dim)                                      # P
         nn.init.zeros_(self.fc.weight)
-        if not s.as_released:
-            nn.init.zeros_(self.fc.bias)
+        nn.init.zeros_(self.fc.bias)
+
+    def encode(self, x, bias):
+        for block in self.encoder_blocks:
+            x = block(x, bias)
+        return x
 
     def forward(self, x, mask):
-        bias = torch.zeros(mask.shape, device=x.device)                                    # (B, L), added to the logits of the keys
-        if self.released:
-            h = x.transpose(0, 1)                                                          # taken for B tokens of L prompts: that was the
-            for block in self.encoder_blocks:                                              # release's attention over the batch
-                h = block(h)
-            h = h.transpose(0, 1)
-        else:
-            h, bias = x, bias.masked_fill(~mask, -math.inf)
-            for block in self.encoder_blocks:
-                h = block(h, bias[:, None, None])                                          # (B, L, d)
+        """x (B, L, d), mask (B, L) -> y (B, L, d), and the encoder's states h (B, L, d)."""
+        bias = padding_bias(mask)                                                   # (B, 1, 1, L)
+        # h = transformer encoder(x)
+        h = self.encode(x, bias)
         # w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + h
-        w = softmax_attention(self.query(h), self.key(x), x, bias[:, None]) + (h if self.carries_states else x)      # (B, L, d)
-        a = self.mlp(w) + w                                                                # a = W_2 relu(W_1 w) + w
-        o = self.fc(a).float()
-        return ((1 - self.eta) * x if self.released else x) + self.eta * o, h.float()      # y = x + eta fc(a)
+        attention = softmax_attention(self.query(h), self.key(x), x, bias[:, 0])     # one head
+        w = attention + (h if self.residual == "h" else x)
+        # a = W_2 relu(W_1 w) + w
+        a = self.mlp(w) + w
+        # y = x + eta fc(a)
+        y = x + self.eta * self.fc(a)
+        return y, h
+
+    def llm_loss(self, llm_features, h, token_mask, temperature):
+        """D(mean of LLM(v), P h): one vector (B, llm_dim) teaches all the tokens of h."""
+        return feature_kl(llm_features[:, None], self.project(h), token_mask, temperature)
 
 
-class AdaptedEncoder:
-    """A text encoder with the adapter behind it: captions -> features (B, L, d), mask (B, L)."""
-    def __init__(self, encoder, adapter, precision):
-        self.encoder, self.adapter, self.precision = encoder, adapter, precision
-        self.device, self.dim, self.length = encoder.device, encoder.dim, encoder.length
+# --------------------------------------------------------------------------------------- the loss
+def feature_kl(teacher, student, token_mask, temperature):
+    """D = T^2 KL(softmax(student / T) || softmax(teacher / T)), a scalar.
 
-    def __call__(self, captions):
-        x, mask = self.encoder(captions)
-        with common.autocast(self.device, self.precision):
-            return self.adapter(x, mask)[0], mask
-
-
-# --------------------------------------------------------------------------------------------------------------- the loss
-def divergence(teacher, student, seen, temperature=1.0):
-    """D = T^2 KL(softmax student / T || softmax teacher / T) over features (B, L, d), summed over the seen tokens (B, L), mean over the batch.
-
-    The release's order, in which the student is asked to put nothing where the teacher has nothing.
+    teacher, student: (B, L, d), or one teacher for all tokens, (B, 1, d). Summed over the tokens of
+    token_mask (B, L), mean over B. T^2 makes up for the gradient, which falls as 1 / T^2. The
+    student comes first, as in the release: it must be small where its teacher is.
     """
-    log_p, log_q = ((x.float() / temperature).log_softmax(-1) for x in (student, teacher))
-    return temperature**2 * ((log_p.exp() * (log_p - log_q)).sum(-1) * seen).sum() / len(seen)
+    log_p = (student.float() / temperature).log_softmax(-1)
+    log_q = (teacher.float() / temperature).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)                                    # (B, L)
+    return temperature**2 * (kl * token_mask).sum(1).mean()
 
 
-def behind_the_end(target, mask):
-    """Features (B, L, d) in which the tokens behind the end of a prompt, mask (B, L), are its last one again."""
-    places = torch.arange(mask.shape[1], device=mask.device).minimum(mask.sum(1, keepdim=True) - 1)             # (B, L)
-    return target.gather(1, places[..., None].expand_as(target))
+def pad_with_last_token(features, mask):
+    """features (B, L, d) with the last token of each text in the place of its padding."""
+    last = mask.sum(1, keepdim=True) - 1                                            # (B, 1)
+    source = torch.arange(mask.shape[1], device=mask.device).minimum(last)          # (B, L)
+    return features.gather(1, source[..., None].expand_as(features))
 
 
-def losses(s, adapter, painter, narratives, prompts, thoughts, x_0, t, eps):
-    """The three terms of the loss, unweighted: {"noise", "prompt", "llm"}; those of weight 0 are left out.
+def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_features, x_0, t, eps):
+    """The three terms of L without their weights: noise, prompt, llm.
 
-    narratives, prompts: (features (B, L, d), mask (B, L)) of the text encoder; thoughts (B, llm_dim): the LLM's of the narratives; x_0, eps
-    (b, C, S, S), t (b,): as in `uvit_fusion.Diffusion.loss`, of the first b <= B; painter: of the base, which is frozen.
+    pipeline: the frozen base. x, mask: narratives through the text encoder, (B, L, d) and (B, L);
+    target, target_mask: keyword prompts; llm_features (B, llm_dim): narratives through the LLM.
+    x_0, eps (b, C, S, S), t (b,): of the first b <= B triples, for the noise loss.
     """
-    (x, mask), (target, target_mask) = narratives, prompts
-    seen, terms, b = torch.ones_like(mask), {}, len(t)
-    if painter.settings.mask_text:                                            # a network that sees padding is taught what to see there
-        seen, target = mask, behind_the_end(target, target_mask)
-    with common.autocast(painter.device, painter.precision):
+    token_mask = torch.ones_like(mask)
+    if pipeline.cfg.mask_text:
+        # padding is hidden from the network; v may be longer than k, and needs a target there too
+        token_mask = mask
+        target = pad_with_last_token(target, target_mask)
+    b = len(t)
+    with common.autocast(pipeline.device, pipeline.precision):
         y, h = adapter(x, mask)
-        if s.noise_weight:
-            text = (y.detach() if s.as_released else y)[:b]
-            terms["noise"] = painter.diffusion.loss(functools.partial(painter.model, text=text, mask=mask[:b]), x_0, t, eps)
-        if s.prompt_weight:
-            terms["prompt"] = divergence(target, y, seen, s.temperature)
-        if s.llm_weight and adapter.projection == "student":
-            terms["llm"] = divergence(thoughts[:, None], adapter.project(h), seen, s.temperature)
-        elif s.llm_weight:
-            terms["llm"] = divergence(adapter.project(thoughts)[:, None], h, seen, s.temperature)
-    return terms
+        noise = diffusion_loss(pipeline.model, pipeline.diffusion, x_0, t, eps, y[:b], mask[:b])
+        prompt = feature_kl(target, y, token_mask, cfg.temperature)
+        llm = adapter.llm_loss(llm_features, h, token_mask, cfg.temperature)
+    return noise, prompt, llm
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
-def think(llm, texts):
-    """The mean over its tokens of the LLM's states of each text: a list of B -> (B, llm_dim)."""
-    features, mask = llm(texts)
-    return (features * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+# --------------------------------------------------------------------------------------- training
+def load_triples(pipeline, root):
+    """The training images of a folder with metadata.jsonl, captioned by pairs (v, k)."""
+    items = []
+    for path, captions, line in pipeline.dataset(root, "train").items:
+        if "prompt" not in line:
+            raise UserError(f"--data {root}: expected metadata.jsonl with lines "
+                            '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
+        items.append((path, [(captions[0], line["prompt"])], line))
+    return pipeline.dataset(root, "train", items)
 
 
-class Remembered:
-    """A frozen function of texts, a list of B -> tensors (B, ...), that keeps its values, up to 1 GB: a data set's texts come many times."""
-    def __init__(self, function, most=1e9):
-        self.function, self.kept, self.left = function, {}, most
+def encode_once(text_encoder, llm, texts):
+    """N texts through both frozen models, which at every step would take half of the time.
 
-    def __call__(self, texts):
-        new = [text for text in dict.fromkeys(texts) if text not in self.kept]
-        fresh = dict(zip(new, zip(*self.function(new)))) if new else {}
-        self.left -= sum(tensor.nbytes for values in fresh.values() for tensor in values)
-        if self.left >= 0:
-            self.kept |= fresh
-        return [torch.stack(tensors) for tensors in zip(*(fresh.get(text) or self.kept[text] for text in texts))]
-
-
-def triples(painter, data, split):
-    """The captioned pictures of a split, whose captions are pairs (narrative, keyword prompt). Raises UserError if the data hold none."""
-    dataset = painter.data(data, split)
-    if not all(isinstance(note.get("prompt"), str) for _, _, note in dataset.items):
-        raise UserError(f'--data {data}: expected a folder of pictures with metadata.jsonl, each line {{"file_name": ..., "text": (narrative), '
-                        '"prompt": (keywords)}')
-    dataset.items = [(path, [(text, note["prompt"]) for text in texts], note) for path, texts, note in dataset.items]
-    return dataset
-
-
-def train(s, painter, llm, dataset, folder, options):
-    """Trains an adapter for a frozen base and fills the run folder; returns a painter that draws with its averaged weights.
-
-    painter: of the base; llm: `common.LLMEncoder` or a cache of it; dataset: of `triples`. What step n does depends on the settings and on n alone.
+    Returns features (N, L, d), masks (N, L) and llm_features (N, llm_dim), the mean of the LLM's
+    states over the tokens of each text.
     """
-    import sample  # here, since it imports method files
-    folder, base, device, diffusion = Path(folder), painter.settings, painter.device, painter.diffusion
-    if s.batch % options.accumulate or s.pictures % options.accumulate:
-        raise UserError(f"--batch {s.batch} and --pictures {s.pictures} cannot be worked through in {options.accumulate} equal parts: "
-                        "choose multiples of --accumulate")
-    torch.manual_seed(s.seed)
-    adapter = Adapter(s, painter.encoder.dim, llm.dim).to(device)
-    average = copy.deepcopy(adapter).requires_grad_(False)
-    adapter.project.requires_grad_(adapter.projection != "frozen")
-    optimizers, start = uvit_fusion.make_optimizers(adapter, s, lambda name: not name.startswith("project")), 0
-    state = common.open_run(folder, s, options, painter.precision)
-    if state:
-        for module, name in ((adapter, "adapter"), (average, "average")):
-            common.load_into(module, state[name], folder / "state.pt")
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        start = state["step"]
-    names = [name for name in ("noise", "prompt", "llm") if getattr(s, f"{name}_weight")]
-    metrics, broken = common.Metrics(folder, ["step", "lr", *names], start), common.BrokenPictures(len(dataset))
-    generator, sums = torch.Generator(device), []
-    encoder, thinker = Remembered(painter.encoder), Remembered(lambda texts: (think(llm, texts),))
-    shape = s.pictures, base.channels, base.size, base.size
-    uniform, normal = (functools.partial(draw, generator=generator, device=device) for draw in (torch.rand, torch.randn))
-    loader = common.batches(dataset, s.batch, start, s.steps, s.seed, options.workers)
-    with common.Interrupt() as interrupt, tqdm(total=s.steps, initial=start, desc="adapter", unit="step") as progress:
-        for step, (pictures, texts, unread) in enumerate(loader, start + 1):
-            broken.add(unread, pictures)
-            uvit_fusion.set_rates(optimizers, s, step)
-            generator.manual_seed(s.seed * 10**9 + step)
-            dropped = (uniform(s.batch) < s.drop).tolist()
-            t = diffusion.times(uniform(s.pictures), base.time_power)          # as the base was trained
-            eps, x_0 = normal(shape), painter.to_x_0(pictures[:s.pictures], normal(shape) if painter.autoencoder else None)
-            texts = [("", "") if drop else pair for drop, pair in zip(dropped, texts)]
-            adapter.zero_grad()
-            for part in range(options.accumulate):
-                some, few = (slice(part * n // options.accumulate, (part + 1) * n // options.accumulate) for n in (s.batch, s.pictures))
-                narratives, prompts = map(list, zip(*texts[some]))
-                thoughts = thinker(narratives)[0] if s.llm_weight else None
-                terms = losses(s, adapter, painter, encoder(narratives), encoder(prompts), thoughts, x_0[few], t[few], eps[few])
-                loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items()) / options.accumulate
-                if loss.requires_grad:                                        # as released, the noise loss alone would train nothing
-                    loss.backward()
-                sums.append(torch.stack([terms[name].detach() for name in names]))
-            if s.clip_grad:
-                torch.nn.utils.clip_grad_norm_(adapter.parameters(), s.clip_grad)
-            for optimizer in optimizers:
-                optimizer.step()
-            common.follow(average, adapter, min(s.ema, step / (step + 10)))   # closely at first
-            progress.update()
-            save = step % options.save_every == 0 or step == s.steps or interrupt.asked
-            if not save and step % 20:
-                continue
-            means, sums = torch.stack(sums).mean(0).tolist(), []
-            if not all(map(math.isfinite, means)):
-                raise UserError(f"the loss is {means} at step {step}; the last checkpoint stays as it was: try a lower --lr")
-            metrics.add(step, s.lr * uvit_fusion.learning_rate(s, step), *means)
-            progress.set_postfix({name: f"{mean:.4f}" for name, mean in zip(names, means)})
-            if save:
-                common.save_tensors(average.state_dict(), folder / "model.safetensors")
-                with common.whole(folder / "state.pt") as unfinished:
-                    torch.save({"adapter": adapter.state_dict(), "average": average.state_dict(), "step": step, "precision": str(painter.precision),
-                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, unfinished)
-                sample.plot({name: metrics.column(name) for name in names}, folder / "loss.png", "step", "terms of the loss", log=True)
-            if interrupt.asked and step < s.steps:
-                print(f"stopped after step {step}; to go on: the same command with --resume")
-                sys.exit(130)
-    return adapted(painter, average.eval(), folder)
+    features = torch.zeros(len(texts), text_encoder.length, text_encoder.dim)
+    masks = torch.zeros(len(texts), text_encoder.length, dtype=torch.bool)
+    llm_features = torch.zeros(len(texts), llm.dim)
+    for start in trange(0, len(texts), 64, desc="encoding texts", leave=False):
+        rows = slice(start, start + 64)
+        features[rows], masks[rows] = text_encoder(texts[rows])
+        states, mask = llm(texts[rows])                                       # (B, n, llm_dim)
+        llm_features[rows] = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return features, masks, llm_features
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
-def adapted(painter, adapter, folder):
-    """The painter of a base with an adapter behind its text encoder."""
-    painter = copy.copy(painter)
-    painter.encoder, painter.folder = AdaptedEncoder(painter.encoder, adapter, painter.precision), Path(folder)
-    return painter
+def train(cfg, pipeline, llm, dataset, folder, args, adapter_class=Adapter):
+    """Trains an adapter for the frozen base `pipeline`; returns a pipeline with its EMA weights.
+
+    llm: `common.LLMEncoder`; dataset: from `load_triples`; args: has .resume and .overwrite.
+    """
+    device = pipeline.device
+    torch.manual_seed(cfg.seed)
+    adapter = adapter_class(cfg, pipeline.text_encoder.dim, llm.dim).to(device)
+    ema = copy.deepcopy(adapter).eval().requires_grad_(False)
+    optimizers = uvit_fusion.make_optimizers(adapter, cfg, MUON_NAMES)
+    texts = [""]
+    for _, pairs, _ in dataset.items:
+        texts += pairs[0]                                                     # v and k
+    texts = list(dict.fromkeys(texts))                                        # each only once
+    row_of = {text: row for row, text in enumerate(texts)}
+    features, masks, llm_features = encode_once(pipeline.text_encoder, llm, texts)
+    run = common.Run(folder, cfg, [adapter, ema, *optimizers], ema.state_dict(), args,
+                     pipeline.precision, title="adapter")
+    loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
+
+    for step, (images, pairs) in enumerate(loader, run.start + 1):
+        torch.manual_seed(cfg.seed * 10**9 + step)   # a resumed run equals an uninterrupted one
+        uvit_fusion.set_learning_rate(optimizers, cfg, step)
+        dropped = torch.rand(len(pairs)) < cfg.caption_dropout
+        pairs = [("", "") if drop else pair for drop, pair in zip(dropped, pairs)]
+        v = [row_of[narrative] for narrative, _ in pairs]                     # B rows
+        k = [row_of[prompt] for _, prompt in pairs]
+        x = features[v].to(device)                                            # (B, L, d)
+        mask = masks[v].to(device)                                            # (B, L)
+        target = features[k].to(device)
+        target_mask = masks[k].to(device)
+        x_0 = pipeline.encode(images[:cfg.images])                            # (b, C, S, S)
+        t = pipeline.diffusion.sample_timesteps(len(x_0), pipeline.cfg.time_power, device)
+        eps = torch.randn_like(x_0)
+        noise, prompt, llm_term = losses(
+            cfg, adapter, pipeline, x, mask, target, target_mask, llm_features[v].to(device),
+            x_0, t, eps)
+        loss = cfg.noise_weight * noise + cfg.prompt_weight * prompt + cfg.llm_weight * llm_term
+        adapter.zero_grad()
+        loss.backward()
+        if cfg.grad_clip:
+            nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        decay = min(cfg.ema, step / (step + 10))     # the average follows closely at first
+        uvit_fusion.update_ema(ema, adapter, decay)
+        run.log(step, noise=noise, prompt=prompt, llm=llm_term)
+        if run.due(step):
+            run.save(step)
+    return with_adapter(pipeline, ema)
 
 
-def attach(painter, path):
-    """A painter that draws with the adapter of a run folder, or of a .safetensors file in one. Raises UserError if it was made for another base."""
+# -------------------------------------------------------------------------- the adapter on its base
+class AdaptedEncoder:
+    """A text encoder with an adapter behind it: prompts -> features (B, L, d), mask (B, L)."""
+    def __init__(self, text_encoder, adapter, precision):
+        self.text_encoder = text_encoder
+        self.adapter = adapter
+        self.precision = precision
+
+    def __call__(self, prompts):
+        x, mask = self.text_encoder(prompts)
+        with common.autocast(x.device, self.precision):
+            y, _ = self.adapter(x, mask)
+        return y, mask
+
+
+def with_adapter(pipeline, adapter):
+    """A copy of `pipeline` with the adapter behind its text encoder."""
+    pipeline = copy.copy(pipeline)
+    pipeline.text_encoder = AdaptedEncoder(pipeline.text_encoder, adapter, pipeline.precision)
+    return pipeline
+
+
+def attach(pipeline, path):
+    """`pipeline` with the adapter of a run folder, or of a .safetensors file in one.
+
+    Raises UserError if the adapter was trained for another base.
+    """
     folder, weights = common.run_files(path)
-    s = common.read_settings(Settings, folder)
-    if s.base_identity != painter.identity():
-        raise UserError(f"the adapter in {folder}/ was made for {s.base} as it was then, not for this network and text encoder: "
-                        "name the base that it was made for with --run, or train it anew")
-    adapter = Adapter(s, painter.encoder.dim, s.llm_dim).to(painter.device).eval().requires_grad_(False)
+    cfg = common.read_config(Config, folder)
+    adapted = not isinstance(pipeline.text_encoder, common.TextEncoder)      # by some method
+    if adapted or pipeline.identity() != cfg.base_identity:
+        raise UserError(f"the adapter in {folder}/ was trained for {cfg.base} as it was then, not "
+                        "for this network and text encoder: name its base with --run")
+    adapter = Adapter(cfg, pipeline.text_encoder.dim, cfg.llm_dim).to(pipeline.device)
     common.load_into(adapter, common.read_weights(weights, f"checkpoint {weights}"), weights)
-    return adapted(painter, adapter, folder)
+    return with_adapter(pipeline, adapter.eval().requires_grad_(False))
 
 
-def load(path, device, precision):
-    """The painter of a run folder, or of a .safetensors file in one, on the base that it names."""
-    folder, _ = common.run_files(path)
-    return attach(uvit_fusion.load(common.read_settings(Settings, folder).base, device, precision), path)
+def load_pipeline(path, device, precision):
+    """The base that a run folder names, with the run's adapter."""
+    cfg = common.read_config(Config, common.run_files(path)[0])
+    return attach(uvit_fusion.load_pipeline(cfg.base, device, precision), path)
 
 
-# ----------------------------------------------------------------------------------------------------------------- grading
-def riddles(scenes):
-    """A narrative for each validation scene, the same each time, with a pair of facts that never met in training."""
-    from toy import tellings
-    return [tellings.narrative(scene, random.Random(i), unseen=True) for i, scene in enumerate(scenes)]
+# --------------------------------------------------------------------------------------------- main
+def prepare(cfg, args):
+    """The base, the folder of the data, the LLM, and cfg with what identifies base and LLM."""
+    device = common.pick_device(args.device)
+    precision = common.pick_precision(args.precision, device)
+    base = uvit_fusion.load_pipeline(cfg.base, device, precision)
+    data = toy.prepare(cfg.data, base.cfg.clip, base.image_size, cfg.llm)
+    llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, device=device, dtype=precision)
+    cfg = dataclasses.replace(
+        cfg, base_identity=base.identity(), llm_identity=llm.identity, llm_dim=llm.dim)
+    return base, data, llm, cfg
 
 
-def grade_adapter(base, painter, data, samples, steps):
-    """Draws held-out scenes, told as narratives and as plain captions, with the base and with the adapter, from the same noise.
-
-    Prints a table and returns its figures.
-    """
-    import eval as grade
-    from toy.shapes import FIELDS
-    scenes, captions, unseen = grade.validation_prompts(data, base.settings.size, samples)
-    told, drawn, right = {"narrative": riddles(scenes), "plain": captions}, {}, {}
-    for side, who in (("base_", base), ("", painter)):
-        for kind, prompts in told.items():
-            drawn[side + kind] = who.draw(prompts, steps=steps, progress=True)
-            right[side + kind] = grade.judged(drawn[side + kind], scenes, unseen)[1]
-    figures, rows = {}, [["right, %", "base", "with the adapter", "+-"]]
-    for kind, field, name in (("plain", "all", "plain"), ("narrative", "all", "narrative"), *(("narrative", field, field) for field in FIELDS[:4])):
-        before, after = grade.percent(f"base_{name}", right[f"base_{kind}"][field]), grade.percent(name, right[kind][field])
-        figures |= before | after
-        rows.append([f"{kind}, {field}", before[f"base_{name}"], *after.values()])
-    figures |= grade.percent("plain_loss", right["base_plain"]["all"] - right["plain"]["all"])
-    figures["narrative_share"] = 100 * figures["narrative"] / figures["base_plain"]
-    weights, own = (sum(p.numel() for p in model.parameters()) for model in (base.model, painter.encoder.adapter))
-    figures["adapter_share"] = 100 * own / weights
-    clip = grade.ClipScorer(base.settings.clip, base.device)
-    figures["distance_base"], figures["distance"] = grade.clip_distances(clip, data, drawn["base_plain"], drawn["plain"])
-    grade.print_table(rows, f"{painter.folder}: {len(scenes)} held-out scenes, {steps} steps, guidance {base.settings.guidance:g}")
-    print(f"narratives reach {figures['narrative_share']:.0f} % of the base's figure on plain captions, of which {figures['plain_loss']:.1f} +- "
-          f"{figures['plain_loss_ci']:.1f} points are lost, pair by pair;\ntiny-CLIP distance of plain pictures to real ones "
-          f"{figures['distance_base']:.4f}, with the adapter {figures['distance']:.4f}; it is {figures['adapter_share']:.1f} % of the base's size")
-    return figures
-
-
-def draw_riddles(base, painter, data):
-    """A grid of narratives, drawn by the base, with the adapter, and by the base from the keyword prompts of the same scenes."""
-    import eval as grade
-    import sample
-    from toy import shapes
-    scenes, _, _ = grade.validation_prompts(data, base.settings.size, 8)
-    told, keywords = riddles(scenes), [shapes.keywords(scene) for scene in scenes]
-    pictures = np.concatenate([base.draw(told), painter.draw(told), base.draw(keywords)])
-    path = painter.folder / "samples" / "narratives.png"
-    sample.picture_grid(pictures, [""] * 8 + told + keywords, path, columns=8, titles=["base", "with the adapter", "base, keyword prompts"])
-    print(f"narratives, drawn: {path}")
-
-
-ABLATIONS = {                                                                # name: what is changed
-    "as_intended": {},
-    "as_released": {"as_released": True, "eta": 0.1},                        # at eta 1 it would drop the text: y = (1 - eta) x + ...
-    "paper_w": {"residual": "x"},
-    "no_llm": {"llm_weight": 0.0},
-    "no_prompt": {"prompt_weight": 0.0},
-    "no_noise": {"noise_weight": 0.0},
-    "teacher": {"projection": "teacher"},
-    "frozen": {"projection": "frozen"},
-}
-
-
-def compare(s, base, llm, dataset, data, folder, options, args):
-    """Trains each ablation with the same steps and grades it on narratives and on plain captions, from the same noise, beside the base.
-
-    "LLM term" in the table is the one at the end of the training.
-    """
-    import eval as grade
-    scenes, captions, unseen = grade.validation_prompts(data, base.settings.size, args.samples)
-    told, figures = {"narrative": riddles(scenes), "plain": captions}, {}
-    rows = [["all right, %", "narratives", "+-", "plain", "LLM term"]]
-    for name in ("base", *ABLATIONS):
-        painter, term = base, ""
-        if name in ABLATIONS:
-            one, run = dataclasses.replace(s, **ABLATIONS[name]), folder / name
-            painter = train(one, base, llm, dataset, run, common.pick_up(options, run))
-            if one.llm_weight:
-                with open(run / "metrics.csv", newline="") as file:
-                    term = f"{float([*csv.DictReader(file)][-1]['llm']):.4f}"
-        right = {kind: grade.judged(painter.draw(prompts, steps=args.sample_steps, progress=True), scenes, unseen)[1]["all"]
-                 for kind, prompts in told.items()}
-        figures |= grade.percent(name, right["narrative"]) | {f"{name}_plain": grade.percent("plain", right["plain"])["plain"]}
-        rows.append([name, figures[name], figures[f"{name}_ci"], figures[f"{name}_plain"], term])
-        grade.write_results(folder, figures)
-    grade.print_table(rows, f"{folder}: {len(scenes)} held-out scenes, {s.steps} steps of training, {args.sample_steps} of drawing")
-
-
-# -------------------------------------------------------------------------------------------------------------------- main
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    action = parser.add_argument_group("what to do").add_mutually_exclusive_group()
-    action.add_argument("--train", action="store_true", help="train the adapter, draw narratives and, on the toy world, grade them")
-    action.add_argument("--compare", action="store_true", help="train and grade the ablations (long)")
-    parser.add_argument("--samples", type=common.positive, default=2048, help="held-out prompts of each kind to grade (default %(default)s)")
-    parser.add_argument("--sample-steps", type=common.positive, default=10, help="network evaluations a graded picture (default %(default)s)")
-    parser.add_argument("--features", help="folder for the LLM's features of all narratives, computed once: pays for a large LLM (default: none)")
-    common.add_training_flags(parser, Settings, PRESETS, "run folder (default runs/sur_adapter; --compare: runs/sur_compare)",
-                              "resume", "overwrite", "accumulate")
+    parser.add_argument("--train", action="store_true",
+                        help="train the adapter and, on the toy world, grade it")
+    parser.add_argument("--samples", type=common.positive, default=2048,
+                        help="held-out prompts of each kind to grade (default %(default)s)")
+    parser.add_argument("--sample-steps", type=common.positive, default=10,
+                        help="sampling steps of a graded image (default %(default)s)")
+    common.add_training_flags(parser, "run folder (default runs/sur_adapter)")
+    common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()
-    if not (args.train or args.compare):
+    if not args.train:
         parser.print_help()
         return
-    import eval as grade
-    import sample
-    import toy
-    s, options = common.make_settings(Settings, PRESETS, args), common.make_settings(common.Options, None, args)
-    folder = Path(args.out or ("runs/sur_compare" if args.compare else "runs/sur_adapter"))
-    known = s.data == "shapes"
-    if args.train:
-        common.check_run(folder, options)
-    elif not known:
-        raise UserError("--compare grades with the exact judge of the toy world: without --data")
-    if args.samples < 2:
-        raise UserError("--samples 1: a distance between two sets of pictures needs more")
-    base = sample.load_or_train(s.base, args.device, args.precision)
-    data = toy.prepare(s.data, base.settings.clip, base.side, s.llm)
+    cfg = common.make_config(Config, PRESETS, args)
+    folder = Path(args.out or "runs/sur_adapter")
+    common.check_run(folder, args)
+    base, data, llm, cfg = prepare(cfg, args)
     begin = time.time()
-    dataset = triples(base, Path(data) / "train2017" if known else data, "train")
-    llm = common.LLMEncoder(s.llm, s.llm_layer, "", base.device, base.precision)
-    s = dataclasses.replace(s, base_identity=base.identity(), llm_identity=llm.identity, llm_dim=llm.dim)
-    if args.features:
-        llm = common.CachedLLM(llm, ["", *(text for _, pairs, _ in dataset.items for text, _ in pairs)], args.features)
-    if args.compare:
-        compare(s, base, llm, dataset, data, folder, options, args)
-        return
-    painter = train(s, base, llm, dataset, folder, options)
-    if known:
-        draw_riddles(base, painter, data)
-        grade.write_results(folder, grade_adapter(base, painter, data, args.samples, args.sample_steps) | {"seconds": time.time() - begin})
-        print(f"{time.time() - begin:.0f} s beyond the flagship and the LLM; figures in {folder / 'results.json'}")
+    toy_world = cfg.data == "shapes"
+    triples = Path(data) / "train2017" if toy_world else data
+    adapted = train(cfg, base, llm, load_triples(base, triples), folder, args)
+    if toy_world:
+        figures = toy.narratives.report(
+            base, adapted, data, folder, args.samples, args.sample_steps)
+        common.write_results(folder, figures | {"seconds": time.time() - begin})
+        print(f"{time.time() - begin:.0f} s; figures in {folder}/results.json")
     else:
-        grade.report(painter, data, args.samples, begin, __file__)
+        uvit_fusion.report(adapted, data, folder, args.samples, begin)
 
 
 if __name__ == "__main__":
