@@ -1,7 +1,7 @@
 """Grades any run: by the toy world's exact judge, or by CLIP score, CMMD and FID.
 
     python eval.py                         # 2 048 held-out captions, graded by the exact judge
-    python eval.py --run runs/uvit_fusion/early.safetensors --samples 512
+    python eval.py --run runs/uvit_fusion/step2000.safetensors --samples 512
     python eval.py --quality               # CLIP score and CMMD; for the toy world, by its CLIP
     python eval.py --quality --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth \\
         --data path/to/coco --inception inception-2015-12-05.pt                    # FID as well

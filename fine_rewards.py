@@ -71,7 +71,7 @@ INSTRUCTIONS = {
 @dataclass
 class Config:
     # the experts
-    base: str = "runs/uvit_fusion/early.safetensors"  # run of uvit_fusion.py to tune, or weights
+    base: str = "runs/uvit_fusion/step2000.safetensors"  # run of uvit_fusion.py to tune, or weights
     captioner: str = "runs/toy/captioner"  # image captioner: a folder, or a name on the hub
     segmenter: str = "runs/toy/segmenter"  # model of semantic segmentation that names the parts
     sam: str = ""  # Segment Anything model (default: connected parts of the segmenter's map)

@@ -112,7 +112,7 @@ class Config:
     accumulate: int = 1  # gradient accumulation: parts of a batch, one after the other
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     seed: int = 0  # of weights, order and noise
-    snapshot_at: int = 2000  # EMA weights of this step are kept, for fine_rewards.py (0: none)
+    snapshot_at: tuple = (2000,)  # step whose EMA weights are kept, for fine_rewards.py (0: none)
     # the sampling: defaults of Pipeline.generate
     guidance: float = 3.0  # w
     guidance_interval: tuple = (0.6, 1.0)  # guide where t / T lies within
@@ -149,7 +149,7 @@ PRESETS = {
         schedule="linear", target="eps", clip_x0=False,
         batch_size=256, steps=1_000_000, time_power=1.0,
         optimizer="adamw", lr=2e-4, warmup=5000, decay=0.0, weight_decay=0.03, betas=(0.9, 0.9),
-        grad_clip=0.0, ema=0.9999, ema_warmup=False, snapshot_at=0,
+        grad_clip=0.0, ema=0.9999, ema_warmup=False, snapshot_at=(0,),
         guidance=2.0, guidance_interval=(0.0, 1.0), sampler="dpm",
         data="coco", clip="openai/clip-vit-large-patch14",
     ),
@@ -823,8 +823,8 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         decay = min(cfg.ema, step / (step + 10)) if cfg.ema_warmup else cfg.ema
         update_ema(ema, model, decay)
         run.log(step, loss=torch.stack(losses).mean())
-        if step == cfg.snapshot_at and rank == 0:
-            common.save_tensors(ema.state_dict(), Path(folder) / "early.safetensors")
+        if step in cfg.snapshot_at and rank == 0:
+            common.save_tensors(ema.state_dict(), Path(folder) / f"step{step}.safetensors")
         if run.due(step):
             run.save(step)
     return pipeline
@@ -881,7 +881,7 @@ def main():
     cfg = common.make_config(Config, PRESETS, args)
     folder = args.out or ("runs/quick" if args.quick else "runs/uvit_fusion")
     if args.quick:
-        cfg = dataclasses.replace(cfg, steps=min(cfg.steps, 200), warmup=40, snapshot_at=0)
+        cfg = dataclasses.replace(cfg, steps=min(cfg.steps, 200), warmup=40, snapshot_at=(0,))
         args.samples = min(args.samples, 256)
 
     rank, world_size = join_processes(cfg)

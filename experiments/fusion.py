@@ -77,7 +77,7 @@ def compare(args, device, precision):
         for name, change in VARIANTS.items():
             if seed and change["fusion"] == "cross":
                 continue
-            cfg = dataclasses.replace(base, seed=seed, snapshot_at=0, **change)
+            cfg = dataclasses.replace(base, seed=seed, snapshot_at=(), **change)
             run = folder / f"{name}-{seed}"
             results[name].append(train_variant(cfg, data, run, args, device, precision))
     figures = variants_table(results, base.steps) | paired_difference(results)

@@ -39,7 +39,8 @@ def toy_run(tmp_path_factory, clip_folder, toy_data):
     folder = tmp_path_factory.mktemp("work")
     pipeline = tiny_pipeline(clip_folder, size=24, patch=8, data=str(toy_data))
     save_run(pipeline, folder / "runs" / "uvit_fusion")
-    common.save_tensors(pipeline.model.state_dict(), folder / "runs/uvit_fusion/early.safetensors")
+    weights = folder / "runs/uvit_fusion/step2000.safetensors"
+    common.save_tensors(pipeline.model.state_dict(), weights)
     return folder
 
 
@@ -64,9 +65,9 @@ def test_a_run_is_graded_on_held_out_captions_and_its_figures_are_written(toy_ru
 def test_the_grade_of_a_snapshot_does_not_replace_that_of_its_run(toy_run):
     before = (toy_run / "runs" / "uvit_fusion" / "results.json")
     before.unlink(missing_ok=True)
-    flags = ["--run", "runs/uvit_fusion/early.safetensors", "--samples", 4, "--sample-steps", 1]
+    flags = ["--run", "runs/uvit_fusion/step2000.safetensors", "--samples", 4, "--sample-steps", 1]
     status, out, errors = run("eval.py", *flags, *DEVICE, cwd=toy_run)
-    assert status == 0 and "early.safetensors: 4 held-out captions" in out, errors
+    assert status == 0 and "step2000.safetensors: 4 held-out captions" in out, errors
     assert not before.exists()
 
 
@@ -287,7 +288,7 @@ def test_a_snapshot_has_a_folder_of_its_own():
     def folder(run, weights=None):
         return str(grading.output_folder(SimpleNamespace(run=run, weights=weights)))
     assert folder("runs/a") == "runs/a"
-    assert folder("runs/a/early.safetensors") == "runs/a/early"
+    assert folder("runs/a/step2000.safetensors") == "runs/a/step2000"
     assert folder("runs/a", "downloads/small.pth") == "runs/small"
 
 

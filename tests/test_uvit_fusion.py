@@ -490,7 +490,7 @@ CPU = torch.device("cpu")
 FLAGS = ["--device", "cpu", "--precision", "fp32", *TINY]
 # Muon rounds to bf16 inside, which would hide a difference
 PLAIN = dict(optimizer="adamw", steps=3, lr=0.01, decay=0.5, ema=0.5, ema_warmup=False,
-             caption_dropout=0.4, snapshot_at=0)
+             caption_dropout=0.4, snapshot_at=())
 
 
 def train(cfg, data, folder, rank=0, world_size=1):
@@ -610,7 +610,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
                "--steps", 6, "--snapshot-at", 2]
     status, _, errors = run(*command, "--out", "whole", cwd=tmp_path)
     assert status == 0, errors
-    for name in ("config.json", "model.safetensors", "early.safetensors", "state.pt",
+    for name in ("config.json", "model.safetensors", "step2.safetensors", "state.pt",
                  "metrics.csv", "loss.png", "samples/validation.png"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
     refused(run(*command, "--out", "whole", cwd=tmp_path), "whole/", "--resume", "--overwrite")
@@ -652,7 +652,7 @@ def test_two_processes_train_as_one(tmp_path, coco, clip_folder, recorded, monke
                              capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("3 steps of 4 images on cpu x 2") == 1         # only rank 0 speaks
-    assert (tmp_path / "run" / "early.safetensors").exists()
+    assert (tmp_path / "run" / "step2.safetensors").exists()
     # each rank by itself shows what it is given; both together make the batches of one process
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
