@@ -633,8 +633,9 @@ def load_into(model, tensors, path):
 def add_config_flags(parser, config_class, presets):
     """--preset, and a flag for each field with a comment behind it, which is the help text."""
     group = parser.add_argument_group("settings")
-    group.add_argument("--preset", default="toy", choices=presets,
-                       help="settings to start from (default toy)")
+    own = "; pictures with --data of your own" if "pictures" in presets else ""
+    group.add_argument("--preset", choices=presets,
+                       help=f"settings to start from (default toy{own})")
     source = inspect.getsource(config_class)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     for field in dataclasses.fields(config_class):
@@ -661,9 +662,11 @@ def lists_to_tuples(values):
 
 def make_config(config_class, presets, args):
     """The settings of args.preset, with the flags that were given on top."""
+    own_data = getattr(args, "data", "shapes") != "shapes"
+    preset = args.preset or ("pictures" if own_data and "pictures" in presets else "toy")
     names = {field.name for field in dataclasses.fields(config_class)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return config_class(**lists_to_tuples(presets[args.preset] | given))
+    return config_class(**lists_to_tuples(presets[preset] | given))
 
 
 def read_config(config_class, folder, name="config.json"):
@@ -785,18 +788,22 @@ class Run:
         signal.signal(number, signal.default_int_handler)        # a second Ctrl-C ends at once
 
     def log(self, step, **values):
-        """To be called at every step, with numbers or tensors of one number.
+        """To be called at every step, with numbers or tensors of one number, or None for neither.
 
         Their means over 20 steps go to metrics.csv and to the progress bar.
         """
         # kept as tensors: float(x) at each step would make the CPU wait for the GPU
-        row = {name: torch.as_tensor(x).detach().float() for name, x in values.items()}
+        row = {name: torch.as_tensor(x).detach().float() for name, x in values.items()
+               if x is not None}
         self.values.append(row)
         self.progress.update()
         if step % 20 and step != self.steps:
             return
-        means = {name: torch.stack([row[name] for row in self.values]).mean().item()
-                 for name in values}
+        means = {}
+        for name in values:
+            known = [row[name] for row in self.values if name in row]
+            if known:
+                means[name] = torch.stack(known).mean().item()
         self.values = []
         if not all(map(math.isfinite, means.values())):
             raise UserError(f"step {step}: {means} is no number any more; the last checkpoint "
@@ -805,8 +812,9 @@ class Run:
         if self.rank == 0:
             with open(self.folder / "metrics.csv", "a") as file:
                 if file.tell() == 0:
-                    print("step", *means, sep=",", file=file)
-                print(step, *(f"{value:.6g}" for value in means.values()), sep=",", file=file)
+                    print("step", *values, sep=",", file=file)
+                cells = [f"{means[name]:.6g}" if name in means else "" for name in values]
+                print(step, *cells, sep=",", file=file)
 
     def due(self, step):
         return step % self.save_every == 0 or step == self.steps or self.stopped

@@ -142,6 +142,8 @@ class Config:
 
 PRESETS = {
     "toy": {},
+    # pixels of your own: after few steps ancestral sampling draws photographs black
+    "pictures": dict(size=32, steps=20_000, decay=0.2, snapshot_at=(0,), sampler="dpm"),
     # U-ViT-S/2 on MS-COCO as published, with the fusion of this paper's released code
     "coco": dict(
         size=32, channels=4, text_dim=768, text_length=77, mask_text=False,
@@ -792,6 +794,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank)
+    held_out = common.CaptionedImages(data, "val", pipeline.image_size)
     network = torch.compile(model) if args.compile else model    # has the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
@@ -822,12 +825,40 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
             optimizer.step()
         decay = min(cfg.ema, step / (step + 10)) if cfg.ema_warmup else cfg.ema
         update_ema(ema, model, decay)
-        run.log(step, loss=torch.stack(losses).mean())
+        validation = None
+        if step % max(1, cfg.steps // 10) == 0 and rank == 0:    # ten times, by the EMA weights
+            grid = Path(folder) / "samples" / f"step_{step}.png"
+            validation = validate(pipeline, held_out, grid)
+        run.log(step, loss=torch.stack(losses).mean(), validation=validation)
         if step in cfg.snapshot_at and rank == 0:
             common.save_tensors(ema.state_dict(), Path(folder) / f"step{step}.safetensors")
         if run.due(step):
             run.save(step)
     return pipeline
+
+
+@torch.no_grad()
+def validate(pipeline, dataset, path):
+    """Draws validation captions into `path`; returns the validation loss, a scalar.
+
+    Captions, images, t and noise are the same at each call, so that losses can be compared.
+    """
+    captions = validation_captions(dataset, 16)
+    common.image_grid(pipeline.generate(captions), captions, path, columns=8)
+    examples = [dataset[i, i] for i in range(min(256, len(dataset)))]
+    images, captions, _ = zip(*examples)
+    torch.manual_seed(0)
+    x_0 = pipeline.encode(torch.stack(images))
+    text, mask = pipeline.text_encoder(list(captions))
+    t = pipeline.diffusion.sample_timesteps(len(x_0), pipeline.cfg.time_power, pipeline.device)
+    with common.autocast(pipeline.device, pipeline.precision):
+        return diffusion_loss(pipeline.model, pipeline.diffusion, x_0, t, torch.randn_like(x_0),
+                              text, mask)
+
+
+def validation_captions(dataset, count):
+    """A caption of each of the first images, not always the first wording."""
+    return [texts[i % len(texts)] for i, (_, texts, _) in enumerate(dataset.items[:count])]
 
 
 def report(pipeline, data, folder, samples, begin):
@@ -836,14 +867,12 @@ def report(pipeline, data, folder, samples, begin):
     Writes samples/validation.png and results.json. begin: time.time() at the start.
     """
     folder = Path(folder)
-    items = common.CaptionedImages(data, "val", pipeline.image_size).items
-    captions = []
-    for i, (_, texts, _) in enumerate(items[:24]):
-        captions.append(texts[i % len(texts)])                   # not always the first wording
+    dataset = common.CaptionedImages(data, "val", pipeline.image_size)
+    captions = validation_captions(dataset, 24)
     path = folder / "samples" / "validation.png"
     common.image_grid(pipeline.generate(captions), captions, path)
     print(f"captions of the validation split, drawn: {path}")
-    if "scene" not in items[0][2]:                               # not the toy world
+    if "scene" not in dataset.items[0][2]:                               # not the toy world
         return
     figures, table = judge.accuracy(pipeline, data, samples)
     cfg = pipeline.cfg

@@ -313,7 +313,7 @@ MUTANTS = {
          "values[~np.isnan(values)]", "np.nan_to_num(values)"),
         ("a share, not a percentage", "common.percent", "100 * float", "float"),
         ("a preset above the flags", "common.make_config",
-         "presets[args.preset] | given", "given | presets[args.preset]"),
+         "presets[preset] | given", "given | presets[preset]"),
     ],
     "test_toy_judge.py": [
         ("the judge compares total counts only", "toy.judge.compare",

@@ -320,6 +320,10 @@ def test_the_comment_behind_a_setting_is_the_help_of_its_flag(capsys, tmp_path):
     cfg = common.make_config(Config, PRESETS, parser.parse_args(flags))
     assert cfg == Config(7, 1e-3, "b", False, (0.0, 1.0), 64)
     assert common.make_config(Config, PRESETS, parser.parse_args([])) == Config()
+    own_data = argparse.Namespace(preset=None, data="photographs")
+    assert common.make_config(Config, PRESETS, own_data) == Config()
+    presets = PRESETS | {"pictures": {"width": 16}}  # taken by itself for data of one's own
+    assert common.make_config(Config, presets, own_data) == Config(width=16)
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "c"])
     assert "invalid choice: 'c'" in capsys.readouterr().err
@@ -345,7 +349,8 @@ def train(folder, cfg=None, resume=False, overwrite=False, precision="fp32", eve
         model.weight += step
         if step in events:
             events[step](model)
-        run.log(step, loss=model.weight.mean(), share=0.5)
+        rare = None if step % 25 else step
+        run.log(step, loss=model.weight.mean(), rare=rare)
         if run.due(step):
             run.save(step)
     return model.weight.item()
@@ -359,7 +364,7 @@ def test_a_run_leaves_its_settings_its_weights_its_losses_and_a_plot(tmp_path):
     assert common.read_config(Config, tmp_path / "run") == Config()
     rows = (tmp_path / "run" / "metrics.csv").read_text().split()
     # means over steps: the weight is n (n + 1) / 2 after step n
-    assert rows == ["step,loss,share", "20,77,0.5", "40,497,0.5", "50,1062,0.5"]
+    assert rows == ["step,loss,rare", "20,77,", "40,497,25", "50,1062,50"]
 
 
 def ctrl_c(model):

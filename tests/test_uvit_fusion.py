@@ -500,12 +500,13 @@ def train(cfg, data, folder, rank=0, world_size=1):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What `diffusion_loss` is given, call by call: (x_0, t, eps, text, mask)."""
+    """What `diffusion_loss` is given in training, call by call: (x_0, t, eps, text, mask)."""
     calls = []
     diffusion_loss = uvit_fusion.diffusion_loss
 
     def recording(model, diffusion, *batch):
-        calls.append(batch)
+        if torch.is_grad_enabled():                       # not for the validation loss
+            calls.append(batch)
         return diffusion_loss(model, diffusion, *batch)
     monkeypatch.setattr(uvit_fusion, "diffusion_loss", recording)
     return calls
@@ -611,7 +612,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
     status, _, errors = run(*command, "--out", "whole", cwd=tmp_path)
     assert status == 0, errors
     for name in ("config.json", "model.safetensors", "step2.safetensors", "state.pt",
-                 "metrics.csv", "loss.png", "samples/validation.png"):
+                 "metrics.csv", "loss.png", "samples/validation.png", "samples/step_1.png"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
     refused(run(*command, "--out", "whole", cwd=tmp_path), "whole/", "--resume", "--overwrite")
 
@@ -633,6 +634,20 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_the_validation_loss_is_of_the_same_images_and_noise_each_time(
+        tmp_path, coco, clip_folder):
+    pipeline = tiny_pipeline(clip_folder)
+    dataset = common.CaptionedImages(coco, "val", pipeline.image_size)
+    losses = [uvit_fusion.validate(pipeline, dataset, tmp_path / f"{n}.png") for n in (1, 2)]
+    assert losses[0] == losses[1]
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+    for parameter in pipeline.model.parameters():
+        parameter.zero_()                                 # then it predicts 0 for the target x_0
+    images = torch.stack([dataset[i, i][0] for i in range(len(dataset))])
+    expected = pipeline.encode(images).square().mean().item()
+    assert uvit_fusion.validate(pipeline, dataset, tmp_path / "3.png") == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("flags", [
     ["--init", "none.pth"], ["--clip", "./none"], ["--data", "none"], ["--fusion", "late"],
     ["--resume"], ["--autoencoder", "none.pth", "--no-clip-x0"]])
@@ -645,7 +660,8 @@ def test_bad_flags_are_refused_and_leave_nothing_behind(tmp_path, coco, clip_fol
 def test_two_processes_train_as_one(tmp_path, coco, clip_folder, recorded, monkeypatch):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                uvit_fusion.__file__, "--train", "--data", coco, "--clip", clip_folder, *FLAGS,
-               "--optimizer", "adamw", "--steps", "3", "--lr", "0.01", "--snapshot-at", "2",
+               "--preset", "toy", "--optimizer", "adamw", "--steps", "3", "--lr", "0.01",
+               "--snapshot-at", "2",
                "--out", "run"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=tmp_path, env=environment, timeout=300,
