@@ -100,7 +100,6 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema: float = 0.99  # decay of the running average of the weights, lower at first
     length_weight: float = 2e-5  # stage 1: weight of the squared difference of lengths
-    pooled_weight: float = 0.0  # stage 1: weight of the pooled features, which no U-ViT reads
     english_share: float = 0.4  # stage 1: share of captions among the texts; the rest are pairs
     caption_dropout: float = 0.1  # stages 2 and 3: share of captions replaced by the empty one
     seed: int = 0  # of weights, order and noise
@@ -159,8 +158,6 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, text_dim)
         self.presence = nn.Linear(width, 1)               # p
-        self.pooled = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Linear(width, text_dim))
         # of c, the features of the text encoder that is replaced, set by `new_model`
         self.register_buffer("mean", torch.zeros(text_dim))
         self.register_buffer("std", torch.ones(text_dim))
@@ -190,12 +187,11 @@ class Adapter(nn.Module):
         return self.norm(r)
 
     def forward(self, h, mask):
-        """h (B, n, llm_dim), mask (B, n) -> y (B, L, text_dim), p (B, L), pooled (B, text_dim)."""
+        """h (B, n, llm_dim), mask (B, n) -> y (B, L, text_dim), p (B, L)."""
         r = self.decode(self.encode(h, mask), mask)
         y = self.mean + self.std * self.out(r).float()
         p = self.presence(r)[..., 0].float()
-        pooled = self.pooled(r.mean(1)).float()
-        return y, p, pooled
+        return y, p
 
 
 class AdaptedEncoder:
@@ -208,7 +204,7 @@ class AdaptedEncoder:
     def __call__(self, texts):
         h, h_mask = self.llm(texts)
         with common.autocast(h.device, self.precision):
-            y, p, _ = self.adapter(h, h_mask)
+            y, p = self.adapter(h, h_mask)
         mask = (p > 0).cummin(1).values                   # all behind the first padding is padding
         mask[:, 0] = True                                 # CLIP's start token is always there
         return y, mask
@@ -228,15 +224,32 @@ def alignment_loss(cfg, adapter, h, h_mask, c, c_mask, mask_text):
     h (B, n, llm_dim), h_mask (B, n): of the LLM; c (B, L, text_dim), c_mask (B, L): of the text
     encoder, for the same in English. mask_text: False for a U-ViT that attends to padding.
     """
-    y, p, pooled = adapter(h, h_mask)
+    y, p = adapter(h, h_mask)
     visible = c_mask if mask_text else torch.ones_like(c_mask)              # to the U-ViT
     loss = cos_len(y[visible], c[visible], cfg.length_weight)
-    loss = loss + F.binary_cross_entropy_with_logits(p, visible.float())
-    if cfg.pooled_weight:
-        last = c_mask.sum(1) - 1                          # CLIP pools at its last token
-        c_pooled = c[torch.arange(len(c)), last]                                # (B, text_dim)
-        loss = loss + cfg.pooled_weight * cos_len(pooled, c_pooled, cfg.length_weight)
+    return loss + F.binary_cross_entropy_with_logits(p, visible.float())
+
+
+def stage1_loss(cfg, adapter, base, llm, pairs):
+    """L_1, the mean over pairs (text, the same in English), shorter and longer ones apart."""
+    loss = 0
+    for part in split_by_length(pairs):
+        h, h_mask = llm([text for text, _ in part])
+        c, c_mask = base.text_encoder([english for _, english in part])
+        with common.autocast(base.device, base.precision):
+            part_loss = alignment_loss(cfg, adapter, h, h_mask, c, c_mask, base.cfg.mask_text)
+        loss = loss + len(part) / len(pairs) * part_loss
     return loss
+
+
+def stage2_3_loss(cfg, uvit, base, text_encoder, images, captions):
+    """L_2 and L_3: the base's own loss, with an `AdaptedEncoder` in place of its text encoder."""
+    x_0 = base.encode(images)                                                  # (B, C, S, S)
+    text, mask = text_encoder(uvit_fusion.drop_captions(captions, cfg.caption_dropout))
+    t = base.diffusion.sample_timesteps(len(x_0), base.cfg.time_power, base.device)
+    eps = torch.randn_like(x_0)
+    with common.autocast(base.device, base.precision):
+        return uvit_fusion.diffusion_loss(uvit, base.diffusion, x_0, t, eps, text, mask)
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -263,8 +276,14 @@ def split_by_length(pairs):
     return pairs[:cut], pairs[cut:]
 
 
-def best_items(cfg, items):
-    """The share `cfg.best` of a data set's items, those with the highest scores."""
+def best_items(cfg, data, size):
+    """The share `cfg.best` of the items of a split: those with the highest scores, for stage 3."""
+    way_out = ("--quality-split names the split that stage 3 takes images from, --quality a field "
+               "or a JSON file with their scores; --stages 2 does without")
+    try:
+        items = common.CaptionedImages(data, cfg.quality_split, size).items
+    except UserError as error:
+        raise UserError(f"--quality-split {cfg.quality_split}: {error}: {way_out}") from None
     if Path(cfg.quality).suffix == ".json":
         scores = common.read_json(cfg.quality)            # {file name: score}
     else:
@@ -272,76 +291,40 @@ def best_items(cfg, items):
     missing = [path.name for path, _, _ in items if scores.get(path.name) is None]
     if missing:
         raise UserError(f"--quality {cfg.quality}: {len(missing)} of {len(items)} images of the "
-                        f"split {cfg.quality_split} have no score (first: {missing[0]})")
+                        f"split {cfg.quality_split} have no score (first: {missing[0]}): {way_out}")
     ranked = sorted(items, key=lambda item: -scores[item[0].name])
     return ranked[:max(1, round(cfg.best * len(items)))]
 
 
 # ---------------------------------------------------------------------------------------- training
-def train_stage1(cfg, model, base, llm, captions, parallel, folder, args):
-    """Text to text: trains the adapter. Leaves the EMA weights in `model`.
+def train_stage(n, cfg, model, base, llm, data, folder, args):
+    """Trains the adapter (n = 1), adapter and U-ViT (2), or the U-ViT alone (3).
 
-    model: from `new_model`; base: pipeline with the text encoder that is replaced; captions: in
-    English; parallel: [(text, the same in English)].
-    """
-    cfg = stage_config(cfg, 1)
-    model.requires_grad_(False)
-    adapter = model["adapter"].requires_grad_(True)
-    optimizers = uvit_fusion.make_optimizers(adapter, cfg)
-    ema = copy.deepcopy(model)
-    run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
-                     base.precision, title="stage 1")
-
-    for step in range(run.start + 1, cfg.steps + 1):
-        uvit_fusion.set_learning_rate(optimizers, cfg, step)
-        pairs = sample_pairs(cfg, captions, parallel, step)
-        loss = 0
-        for part in split_by_length(pairs):
-            h, h_mask = llm([text for text, _ in part])
-            c, c_mask = base.text_encoder([english for _, english in part])
-            with common.autocast(base.device, base.precision):
-                part_loss = alignment_loss(
-                    cfg, adapter, h, h_mask, c, c_mask, base.cfg.mask_text)
-            loss = loss + len(part) / len(pairs) * part_loss             # the mean over texts
-        adapter.zero_grad()
-        loss.backward()
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-        uvit_fusion.update_ema(ema, model, min(cfg.ema, step / (step + 10)))
-        run.log(step, loss=loss)
-        if run.due(step):
-            run.save(step)
-    model.load_state_dict(ema.state_dict())
-
-
-def train_stage2_3(n, cfg, model, base, llm, dataset, folder, args):
-    """On images: trains adapter and U-ViT (n = 2), or the U-ViT alone (n = 3).
-
-    dataset: from `base.dataset`; all else as in `train_stage1`.
+    model: from `new_model`, gets the EMA weights; base: the pipeline whose text encoder is
+    replaced; data: (English captions, [(text, the same in English)]) in stage 1, else a dataset.
     """
     cfg = stage_config(cfg, n)
+    seed = 10 * cfg.seed + n                        # each stage draws different noise
     model.requires_grad_(False)
-    trained = (model if n == 2 else model["uvit"]).requires_grad_(True)
+    trained = {1: model["adapter"], 2: model, 3: model["uvit"]}[n].requires_grad_(True)
     optimizers = uvit_fusion.make_optimizers(trained, cfg)
     ema = copy.deepcopy(model)
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
                      base.precision, title=f"stage {n}")
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
-    seed = 10 * cfg.seed + n                        # the two stages draw different noise
-    loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, seed)
+    if n == 1:
+        steps = range(run.start + 1, cfg.steps + 1)
+        batches = (sample_pairs(cfg, *data, step) for step in steps)
+    else:
+        batches = common.batches(data, cfg.batch_size, run.start, cfg.steps, seed)
 
-    for step, (images, captions) in enumerate(loader, run.start + 1):
+    for step, batch in enumerate(batches, run.start + 1):
         torch.manual_seed(seed * 10**8 + step)      # a resumed run equals an uninterrupted one
         uvit_fusion.set_learning_rate(optimizers, cfg, step)
-        x_0 = base.encode(images)                                              # (B, C, S, S)
-        text, mask = text_encoder(uvit_fusion.drop_captions(captions, cfg.caption_dropout))
-        t = base.diffusion.sample_timesteps(len(x_0), base.cfg.time_power, base.device)
-        eps = torch.randn_like(x_0)
-        with common.autocast(base.device, base.precision):
-            loss = uvit_fusion.diffusion_loss(
-                model["uvit"], base.diffusion, x_0, t, eps, text, mask)
+        if n == 1:
+            loss = stage1_loss(cfg, model["adapter"], base, llm, batch)
+        else:
+            loss = stage2_3_loss(cfg, model["uvit"], base, text_encoder, *batch)
         trained.zero_grad()
         loss.backward()
         if cfg.grad_clip:
@@ -368,8 +351,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         lines = common.read_json_lines(cfg.parallel, name, ("text", "english"))
         parallel = [(line["text"], line["english"]) for line in lines]
     if 3 in stages:                                 # missing scores stop here, not after stage 2
-        scored = common.CaptionedImages(data, cfg.quality_split, base.cfg.size).items
-        best = best_items(cfg, scored)
+        best = best_items(cfg, data, base.image_size)
     if args.overwrite:                              # no old stage may follow on a new one
         for n in (1, 2, 3):
             shutil.rmtree(folder / f"stage{n}", ignore_errors=True)
@@ -381,13 +363,12 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         stage_folder.mkdir(parents=True, exist_ok=True)
         common.write_json(stage_folder / "uvit.json", dataclasses.asdict(base.cfg))
         if n == 1:
-            train_stage1(cfg, model, base, llm, captions, parallel, stage_folder, args)
+            stage_data = (captions, parallel)
         elif n == 2:
-            dataset = base.dataset(data, "train")
-            train_stage2_3(2, cfg, model, base, llm, dataset, stage_folder, args)
+            stage_data = base.dataset(data, "train")
         else:
-            dataset = base.dataset(data, cfg.quality_split, best)
-            train_stage2_3(3, cfg, model, base, llm, dataset, stage_folder, args)
+            stage_data = base.dataset(data, cfg.quality_split, best)
+        train_stage(n, cfg, model, base, llm, stage_data, stage_folder, args)
         for name in ("config.json", "uvit.json", "model.safetensors"):  # <folder> is a run, too
             shutil.copy(stage_folder / name, folder / name)
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)

@@ -38,7 +38,7 @@ class MLPAdapter(Adapter):
         r = self.norm(self.mlp(self.norm_in(h)))
         y = self.mean + self.std * self.out(r).float()
         p = 20 * mask.float() - 10              # 10 or -10: as many tokens as the LLM has
-        return y, p, self.pooled(r.mean(1)).float()
+        return y, p
 
 
 # the settings that each variant changes

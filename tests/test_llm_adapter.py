@@ -2,7 +2,6 @@
 import json
 import math
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -47,7 +46,7 @@ def some_states(lengths=(9, 5, 2), seed=2):
 def test_the_adapter_computes_its_equations():
     adapter = new_adapter()
     h, mask = some_states()
-    y, p, pooled = adapter(h, mask)
+    y, p = adapter(h, mask)
     for i, n in enumerate(mask.sum(1).tolist()):              # without padding no mask is needed
         m = adapter.mlp(adapter.norm_in(h[i:i + 1, :n]))
         m = m + F.conv1d(m.mT, adapter.conv.weight, adapter.conv.bias, padding=2).mT
@@ -61,7 +60,6 @@ def test_the_adapter_computes_its_equations():
         r = adapter.norm(r)
         assert torch.allclose(y[i], adapter.mean + adapter.std * adapter.out(r[0]), atol=1e-4)
         assert torch.allclose(p[i], adapter.presence(r[0])[:, 0], atol=1e-4)
-        assert torch.allclose(pooled[i], adapter.pooled(r[0].mean(0)), atol=1e-4)
 
 
 def test_the_order_of_a_texts_tokens_matters_and_its_padding_does_not():
@@ -98,7 +96,7 @@ def test_all_tokens_behind_the_first_padding_are_padding():
 
     def llm(texts):
         return torch.zeros(3, 5, 10), None
-    encoder = AdaptedEncoder(llm, lambda h, mask: (h + 1, p, None), torch.float32)
+    encoder = AdaptedEncoder(llm, lambda h, mask: (h + 1, p), torch.float32)
     y, mask = encoder(["a", "b", "c"])
     assert (y == 1).all()
     assert mask.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
@@ -116,9 +114,9 @@ def test_cos_len_is_one_minus_the_cosine_plus_the_squared_difference_of_lengths(
     assert cos_len(half, target, 0.1).item() == pytest.approx(0.5)
 
 
-def align(cfg, y, p, pooled, c, c_mask, mask_text=True):
-    """L_1 of an adapter that gives y, p and pooled."""
-    return alignment_loss(cfg, lambda h, mask: (y, p, pooled), None, None, c, c_mask, mask_text)
+def align(cfg, y, p, c, c_mask, mask_text=True):
+    """L_1 of an adapter that gives y and p."""
+    return alignment_loss(cfg, lambda h, mask: (y, p), None, None, c, c_mask, mask_text)
 
 
 def test_the_alignment_loss_is_over_what_the_u_vit_sees():
@@ -130,21 +128,11 @@ def test_the_alignment_loss_is_over_what_the_u_vit_sees():
     p = torch.tensor([[5.0, 5, -5], [5, -5, -5]])      # log(1 + e^-5) from right
     right, wrong = math.log(1 + math.exp(-5)), math.log(1 + math.exp(5))
     cfg = Config(length_weight=0.3)
-    loss = align(cfg, y, p, None, c, c_mask)
+    loss = align(cfg, y, p, c, c_mask)
     assert loss.item() == pytest.approx(1 / 3 + 0.3 * 4 / 3 + right, rel=1e-5)
-    loss = align(cfg, y, p, None, c, c_mask, mask_text=False)
+    loss = align(cfg, y, p, c, c_mask, mask_text=False)
     expected = (1 + 3 * 2) / 6 + 0.3 * 4 / 6 + (right + wrong) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_pooled_features_are_aligned_to_the_last_token():
-    c = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    c_mask = torch.arange(4) < torch.tensor([[2], [4], [1]])
-    last = torch.stack([c[0, 1], c[1, 3], c[2, 0]])
-    p = torch.where(c_mask, 50.0, -50.0)
-    for weight, pooled, expected in ((0.7, last, 0), (0.7, -last, 0.7 * 2), (0.0, -last, 0)):
-        loss = align(Config(pooled_weight=weight), c, p, pooled, c, c_mask)
-        assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -174,18 +162,27 @@ def test_the_longest_quarter_of_a_batch_goes_apart():
     assert long == [("x" * 70, "70"), ("x" * 90, "90")]
 
 
-def test_the_best_images_are_kept(tmp_path):
-    scores = {f"{i}.png": (7 * i) % 10 for i in range(10)}
-    items = [(Path("images") / name, ["a caption"], {"beauty": score})
-             for name, score in scores.items()]
-    kept = llm_adapter.best_items(Config(best=0.3, quality="beauty"), items)
-    assert [annotation["beauty"] for _, _, annotation in kept] == [9, 8, 7]
+def test_the_best_images_are_kept(coco, tmp_path):
     path = tmp_path / "scores.json"
-    common.write_json(path, {name: -score for name, score in scores.items()})
-    kept = llm_adapter.best_items(Config(best=0.01, quality=str(path)), items)
-    assert [annotation["beauty"] for _, _, annotation in kept] == [0]     # at least one
-    with pytest.raises(common.UserError, match="--quality good: 10 of 10 .*0.png"):
-        llm_adapter.best_items(Config(quality="good"), items)
+    scores = {f"{i:012d}.jpg": (7 * i) % 12 for i in range(12)}
+    common.write_json(path, scores)
+
+    def kept(**changes):
+        cfg = Config(**dict(quality=str(path), quality_split="train") | changes)
+        return [scores[path.name] for path, _, _ in llm_adapter.best_items(cfg, coco, 16)]
+    assert kept(best=0.25) == [11, 10, 9]
+    assert kept(best=0.01) == [11]                                        # at least one
+    annotations = coco / "annotations" / "captions_train2017.json"
+    content = json.loads(annotations.read_text())
+    for image in content["images"]:
+        image["beauty"] = -scores[image["file_name"]]
+    annotations.write_text(json.dumps(content))
+    assert kept(best=0.25, quality="beauty") == [0, 1, 2]
+    # own data without scores, or without the toy world's split "quality": both flags are named
+    for changes, words in ((dict(quality="good"), "--quality good: 12 of 12 .*00.jpg"),
+                           (dict(quality_split="quality"), "captions_quality2017.json")):
+        with pytest.raises(common.UserError, match=f"{words}.*--quality-split .*--stages 2"):
+            kept(**changes)
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -274,7 +271,8 @@ def test_stage_1_aligns_the_llm_with_the_text_encoder_text_by_text(parts, tmp_pa
         calls.append(batch)
         return adapter.out.bias[len(calls) % 2]                        # [1] of the short texts
     monkeypatch.setattr(llm_adapter, "alignment_loss", three_numbers)
-    llm_adapter.train_stage1(cfg, model, base, llm, CAPTIONS, PARALLEL, tmp_path / "run", ARGS)
+    texts = (CAPTIONS, PARALLEL)
+    llm_adapter.train_stage(1, cfg, model, base, llm, texts, tmp_path / "run", ARGS)
     assert gradients[2][:3].tolist() == [0.25, 0.75, 0.0] and len(calls) == 6
     pairs = llm_adapter.sample_pairs(cfg, CAPTIONS, PARALLEL, 1)
     for part, (h, h_mask, c, c_mask, mask_text) in zip(llm_adapter.split_by_length(pairs), calls):
@@ -293,8 +291,8 @@ def test_stage_1_learns_to_stand_in_for_the_text_encoder(parts, tmp_path):
     cfg.steps_1 = 60
     cfg.lr_1 = 5e-3
     pairs = [("ein Mann", "a man on a horse"), ("zwei rote Kreise", "two red circles")]
-    llm_adapter.train_stage1(
-        cfg, model, base, llm, ["a man on a horse"], pairs, tmp_path / "run", ARGS)
+    texts = (["a man on a horse"], pairs)
+    llm_adapter.train_stage(1, cfg, model, base, llm, texts, tmp_path / "run", ARGS)
     encoder = AdaptedEncoder(llm, model["adapter"], torch.float32)
     y, mask = encoder(["ein Mann", "zwei rote Kreise", ""])
     c, c_mask = base.text_encoder(["a man on a horse", "two red circles", ""])
@@ -315,7 +313,7 @@ def test_stages_2_and_3_denoise_with_what_the_adapter_makes_of_the_captions(
         return right_loss(network, diffusion, *batch)
     monkeypatch.setattr(uvit_fusion, "diffusion_loss", noting)
     dataset = base.dataset(world / "coco", "train")
-    llm_adapter.train_stage2_3(n, cfg, model, base, llm, dataset, tmp_path / "run", ARGS)
+    llm_adapter.train_stage(n, cfg, model, base, llm, dataset, tmp_path / "run", ARGS)
     assert changed(before, model.state_dict(), "adapter.") == (n == 2)
     assert changed(before, model.state_dict(), "uvit.")
     adapter = Adapter(cfg, 16, 16, 32)
@@ -432,7 +430,7 @@ def test_the_adapters_of_the_comparison():
     difference = (unmasked(h, mask)[0] - unmasked(changed_padding, mask)[0]).abs().amax((1, 2))
     assert difference[0] < 1e-5 and difference[1:].min() > 0.01
     mlp = new_adapter(experiment.MLPAdapter)
-    y, p, _ = mlp(h, mask)
+    y, p = mlp(h, mask)
     assert ((p > 0) == mask[:, :6]).all() and y.shape == (3, 6, 12)
     alone = mlp(h[:, 1:2], mask[:, 1:2])[0][:, 0]                          # a token by itself
     assert torch.allclose(alone, y[:, 1], atol=1e-5)
