@@ -21,8 +21,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import typing
+import urllib.error
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -30,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import constants as hub
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
@@ -285,27 +289,111 @@ def to_uint8(x):
 
 
 # ----------------------------------------------------------------------------------- frozen models
+# set by the flag alone, at each start: a run folder from elsewhere must not switch it on
+TRUST_REMOTE_CODE = False
+
+
+class TrustRemoteCode(argparse.Action):
+    def __call__(self, *_):
+        global TRUST_REMOTE_CODE
+        TRUST_REMOTE_CODE = True
+
+
+def hub_answers(seconds=5):
+    """Can the Hugging Face hub be reached? Without a network, its client needs 48 s to give up."""
+    answers = []
+
+    def ask():
+        try:
+            answers.append(urllib.request.urlopen(hub.ENDPOINT, timeout=seconds))
+        except urllib.error.HTTPError as refusal:       # an answer, too
+            answers.append(refusal)
+        except OSError:
+            pass
+    # in a thread, since looking up a name has no time limit
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def check_path(path):
+    """Refuses what is no model, and keeps from the network where there is none."""
+    folder = Path(path)
+    is_gguf = folder.suffix == ".gguf" or any(folder.glob("*.gguf"))
+    if is_gguf and not (folder / "config.json").exists():
+        raise OSError("GGUF must be converted: expected the model in the Hugging Face format, a "
+                      "folder with config.json, .safetensors and a tokenizer")
+    if folder.exists():
+        return
+    if str(path).startswith(("/", ".")):                # so it does not ask the hub for "./name"
+        raise OSError("there is no such folder")
+    if not hub.is_offline_mode() and not hub_answers():
+        hub.HF_HUB_OFFLINE = True                       # what is in the hub's cache still loads
+
+
+OWN_TOKENIZER = ("the model's own tokenizer files must lie in its folder (Stable Diffusion keeps "
+                 "them apart, in tokenizer/)")
+
+
+def check_tokenizer(tokenizer, config):
+    """Where the files are missing, transformers makes up a tokenizer of some two words."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", len(tokenizer))
+    if not 0.5 * vocabulary <= len(tokenizer) <= 1.1 * vocabulary:
+        raise OSError(f"the model has {vocabulary} tokens, its tokenizer {len(tokenizer)}: "
+                      f"{OWN_TOKENIZER}")
+
+
+def reason_not_loaded(error):
+    """An error of transformers in one line, with the way out."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    message = str(error).strip()
+    if "trust_remote_code" in message:
+        return ("it brings Python code along, which is not run without being asked to: read that "
+                "code, then add --trust-remote-code")
+    if "tiktoken" in message and "backend tokenizer" not in message:
+        # said of every tokenizer.model that could not be read
+        packages = {"sentencepiece": is_sentencepiece_available(),
+                    "protobuf": is_protobuf_available()}
+        missing = [package for package, available in packages.items() if not available]
+        if missing:
+            return f"its tokenizer.model needs more packages: pip install {' '.join(missing)}"
+        return "its tokenizer.model is damaged: copy it again"
+    if "backend tokenizer" in message:
+        return OWN_TOKENIZER
+    return message.split("\n")[0]
+
+
 def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", **kwargs):
     """A frozen model of transformers (class name `kind`) and its tokenizer or other processor.
 
     path: a folder in the Hugging Face format or a name on the hub; messages call it `name`.
+    "AutoModel" becomes the encoder alone, where a model has other parts as well.
     """
     import transformers  # takes seconds, and --help needs none of it
 
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(50)        # its warnings are for developers
     transformers.utils.logging.disable_progress_bar()
     # the fused attention kernel is slow on CPUs at short sequences
     kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"
+    trust = TRUST_REMOTE_CODE
     try:
-        if str(path).startswith(("/", ".")) and not Path(path).exists():
-            raise OSError("there is no such folder")    # so it does not ask the hub for "./name"
-        processor = getattr(transformers, processor).from_pretrained(path)
-        if kind == "AutoModel" and "t5" in transformers.AutoConfig.from_pretrained(path).model_type:
-            kind = "AutoModelForTextEncoding"           # the encoder only
+        check_path(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        if kind == "AutoModel" and config.model_type.startswith("clip"):
+            kind = "CLIPTextModel"
+        elif kind == "AutoModel" and "t5" in config.model_type:
+            kind = "AutoModelForTextEncoding"
+        loader = getattr(transformers, processor)
+        processor = loader.from_pretrained(path, trust_remote_code=trust)
+        if isinstance(processor, transformers.PreTrainedTokenizerBase):
+            check_tokenizer(processor, config)
         model, info = getattr(transformers, kind).from_pretrained(
-            path, attn_implementation=kernel, output_loading_info=True, **kwargs)
+            path, attn_implementation=kernel, output_loading_info=True, trust_remote_code=trust,
+            **kwargs)
     except Exception as error:                          # a damaged file can raise nearly anything
-        reason = str(error).strip().split("\n")[0]
+        reason = reason_not_loaded(error)
         raise UserError(f"{flag} {path} cannot be loaded as a {name}: {reason}") from None
     # BERT's pooler is often left out, and nothing here reads it
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
@@ -315,21 +403,25 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
 
 
 class TextEncoder:
-    """A frozen CLIP text model. `length` is L, the number of tokens it reads; `dim` is D."""
+    """A frozen encoder of text: CLIP's, T5, BERT. `length` is L, `dim` is D."""
     def __init__(self, path, device="cpu"):
         self.device = torch.device(device)
         self.model, self.tokenizer = load_pretrained(
-            "CLIPTextModel", path, "--clip", "CLIP text model", device)
-        self.length = self.model.config.max_position_embeddings
-        self.dim = self.model.config.hidden_size
+            "AutoModel", path, "--clip", "text encoder", device)
+        config = self.model.config.get_text_config()
+        self.dim = config.hidden_size
+        self.is_clip = config.model_type == "clip_text_model"
+        # L as in CLIP: the U-ViT has a position for each token, and a caption is short
+        positions = getattr(config, "max_position_embeddings", None) or 77
+        self.length = min(77, positions, self.tokenizer.model_max_length)
         self.warned = False
 
     @torch.no_grad()
     def __call__(self, captions):
         """B captions -> features (B, L, D) float32, token_mask (B, L) bool.
 
-        Padded to L, as the published U-ViT was trained. The model attends causally, so padding
-        behind a caption does not change its features. Longer captions are cut off.
+        Padded to L, as the published U-ViT was trained. Padding does not change the features of a
+        caption: CLIP attends causally, the others get the mask. Longer captions are cut off.
         """
         tokens = self.tokenizer(captions, padding="max_length", truncation=True,
                                 max_length=self.length, return_tensors="pt")
@@ -339,10 +431,12 @@ class TextEncoder:
                 print(f"\nwarning: a caption has {longest} tokens; the text encoder reads "
                       f"{self.length}, the rest is cut off")
                 self.warned = True
+        mask = tokens.attention_mask.to(self.device)
         # in fp32 a large CLIP would cost a GPU as much as the rest of the training step
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            features = self.model(tokens.input_ids.to(self.device)).last_hidden_state
-        return features.float(), tokens.attention_mask.bool().to(self.device)
+            output = self.model(input_ids=tokens.input_ids.to(self.device),
+                                attention_mask=None if self.is_clip else mask)
+        return output.last_hidden_state.float(), mask.bool()
 
 
 class LLMEncoder:
@@ -691,6 +785,9 @@ def add_device_flags(parser):
                         help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                         help="auto takes bf16 where it is faster")
+    parser.add_argument("--trust-remote-code", action=TrustRemoteCode, nargs=0,
+                        help="run the Python code that a language model or text encoder brings "
+                             "along: its authors' code, which may do whatever you may do here")
 
 
 def add_training_flags(parser, out_help):

@@ -124,7 +124,8 @@ PRESETS = {
     "toy": {},
     # the release, as far as a U-ViT allows
     "coco": dict(
-        base="runs/coco256", llm="baichuan-inc/Baichuan2-7B-Chat", llm_layer=-1,
+        # the paper's LLM is baichuan-inc/Baichuan2-7B-Chat, which needs --trust-remote-code
+        base="runs/coco256", llm="Qwen/Qwen2.5-7B-Instruct", llm_layer=-1,
         width=2048, heads=16, encoder_blocks=4, decoder_blocks=4,
         steps_1=100_000, steps_2=100_000, steps_3=10_000, lr_1=2e-5, lr_2=2e-5, lr_3=1e-5,
         batch_size=256, optimizer="adamw", warmup=1000, ema=0.9999,

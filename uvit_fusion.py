@@ -119,7 +119,7 @@ class Config:
     sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"  # ancestral, DDIM, DPM-Solver++ 2M
     # the data
     data: str = "shapes"  # shapes (the toy world), or a folder: MS-COCO, or .txt beside images
-    clip: str = "runs/toy/clip"  # CLIP text model: a folder or a name on the Hugging Face hub
+    clip: str = "runs/toy/clip"  # text encoder (CLIP, T5, BERT): a folder or a name on the hub
     # no flag: tells sample.py how to load a run
     method: str = "uvit_fusion"
 

@@ -41,18 +41,52 @@ class MLPAdapter(Adapter):
         return y, p
 
 
+# --------------------------------------------------------------------------------- what they read
+def shuffle_embeddings(cfg, llm):
+    """Each token gets the embedding of another: as random ones, of the LLM's own size."""
+    table = llm.model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(cfg.seed)
+    order = torch.randperm(len(table), generator=generator).to(table.device)
+    table.copy_(table[order])
+    return llm
+
+
+class LayersSideBySide:
+    """Several layers of an LLM, each normalised, as one state: (B, n, layers x llm_dim)."""
+    def __init__(self, encoders):
+        self.encoders = encoders
+        self.device = encoders[0].device
+        self.dim = sum(encoder.dim for encoder in encoders)
+
+    def __call__(self, texts):
+        states = []
+        for encoder in self.encoders:
+            h, mask = encoder(texts)
+            states.append(F.layer_norm(h, h.shape[-1:]))
+        return torch.cat(states, dim=-1), mask
+
+
+def embeddings_and_last(cfg, llm):
+    last = common.LLMEncoder(cfg.llm, -1, cfg.instruction, llm.device, llm.model.dtype)
+    return LayersSideBySide([llm, last])
+
+
 # the settings that each variant changes
 ABLATIONS = {
     "adapter": {},                              # reads the embeddings, layer 0
+    "random_embeddings": {},
     "layer_first": {"llm_layer": 1},
     "layer_middle": {"llm_layer": 2},
     "layer_last": {"llm_layer": -1},
+    "embeddings_and_last": {},
     "no_mask": {},
     "no_window": {"conv_kernel": 1},            # a token's neighbours do not reach it
     "mlp": {},
+    "mlp_last": {"llm_layer": -1},
     "no_stage_1": {},
 }
-ADAPTERS = {"no_mask": UnmaskedAdapter, "mlp": MLPAdapter}
+ADAPTERS = {"no_mask": UnmaskedAdapter, "mlp": MLPAdapter, "mlp_last": MLPAdapter}
+LLMS = {"random_embeddings": shuffle_embeddings, "embeddings_and_last": embeddings_and_last}
 KINDS = ("turns", "long", "english")            # of prompts, see toy.multilingual
 
 
@@ -60,6 +94,9 @@ KINDS = ("turns", "long", "english")            # of prompts, see toy.multilingu
 def run_variant(name, cfg, folder, args):
     """Trains and grades a variant, or reads the figures of one that is finished."""
     base, data, llm, cfg = llm_adapter.prepare(cfg, args)
+    if name in LLMS:
+        llm = LLMS[name](cfg, llm)
+        cfg.llm_identity = name                 # no run that sample.py could load with cfg.llm
     stage = 2 if name == "no_stage_1" else 1
     if (folder / "results.json").exists() and not args.overwrite:
         if common.read_config(Config, folder) != llm_adapter.stage_config(cfg, stage):

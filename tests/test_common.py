@@ -1,11 +1,14 @@
 """What the methods share: images and captions are read, texts encoded, runs saved and resumed."""
 import argparse
 import dataclasses
+import http.server
 import json
 import math
 import os
 import shutil
 import signal
+import socket
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_coco
+from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -232,10 +236,120 @@ def test_layers_count_from_the_embeddings_to_the_last(llms):
     assert len({at[1].identity, at[2].identity, other.identity}) == 3
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "BertForMaskedLM"])
-def test_a_model_that_is_no_clip_is_refused(llms, path):
-    with pytest.raises(UserError, match="--clip .* CLIP text model"):
-        common.TextEncoder(llms.get(path, path))
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_any_encoder_of_text_gives_the_features_of_a_caption_without_its_padding(llms, kind):
+    encoder = common.TextEncoder(llms[kind])
+    features, mask = encoder(TEXTS)
+    assert features.shape == (4, 64, 32) == (4, encoder.length, encoder.dim)
+    alone, _ = LLMEncoder(llms[kind])(TEXTS[:1])             # as long as the text itself
+    assert mask.sum(1)[0] == alone.shape[1]
+    assert torch.allclose(features[0, mask[0]], alone[0], atol=1e-4)
+
+
+def test_an_encoder_reads_77_tokens_at_the_most(llms, tmp_path):
+    shutil.copytree(llms["T5ForConditionalGeneration"], tmp_path / "t5")
+    change_json(tmp_path / "t5" / "tokenizer_config.json", model_max_length=512)
+    assert common.TextEncoder(tmp_path / "t5")(["a man"])[0].shape == (1, 77, 32)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_tokenizer_that_is_made_up_or_of_another_model_is_refused(llms, clip_folder, tmp_path):
+    loaders = [(common.TextEncoder, clip_folder), (common.ClipScorer, clip_folder),
+               (common.TextEncoder, llms["BertForMaskedLM"]), (LLMEncoder, llms["Qwen2ForCausalLM"])]
+    for i, (loader, source) in enumerate(loaders):
+        folder = tmp_path / str(i)
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+        with pytest.raises(UserError, match="own tokenizer files .* in tokenizer/"):
+            loader(folder)
+    pairs = [f"{a}{b}" for a in "abcdefgh" for b in "ijklmnop"]              # 64 further tokens
+    train_tokenizer(pairs, 600, 64).save_pretrained(folder)
+    with pytest.raises(UserError, match="the model has 300 tokens, its tokenizer [34]"):
+        LLMEncoder(folder)
+
+
+MISSING_PACKAGES = [(False, False, "pip install sentencepiece protobuf"),
+                    (True, False, "pip install protobuf"), (True, True, "is damaged")]
+
+
+@pytest.mark.parametrize("sentencepiece, protobuf, words", MISSING_PACKAGES)
+def test_a_folder_with_tokenizer_model_alone_names_the_packages_that_are_missing(
+        llms, tmp_path, monkeypatch, sentencepiece, protobuf, words):
+    shutil.copytree(llms["LlamaForCausalLM"], tmp_path / "vicuna",
+                    ignore=shutil.ignore_patterns("tokenizer*"))
+    (tmp_path / "vicuna" / "tokenizer.model").write_bytes(b"as sentencepiece writes it")
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: sentencepiece)
+    monkeypatch.setattr("transformers.utils.is_protobuf_available", lambda: protobuf)
+    with pytest.raises(UserError, match=f"--llm .*vicuna .* tokenizer.model .*{words}"):
+        LLMEncoder(tmp_path / "vicuna")
+
+
+OWN_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaModel
+Path("ran").touch()
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_a_model_brings_along_runs_with_its_flag_alone(llms, tmp_path, monkeypatch):
+    from transformers import dynamic_module_utils
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(common, "TRUST_REMOTE_CODE", False)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llms["LlamaForCausalLM"], "own")
+    change_json(Path("own/config.json"), model_type="own",
+                auto_map={"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"})
+    Path("own/own.py").write_text(OWN_CODE)
+    with pytest.raises(UserError, match="--llm own .* add --trust-remote-code"):
+        LLMEncoder("own")
+    assert not Path("ran").exists()
+    parser = argparse.ArgumentParser()
+    common.add_device_flags(parser)
+    parser.parse_args([])
+    assert common.TRUST_REMOTE_CODE is False
+    parser.parse_args(["--trust-remote-code"])
+    encoder = LLMEncoder("own")
+    assert Path("ran").exists() and type(encoder.model).__name__ == "OwnModel"
+    expected, _ = LLMEncoder(llms["LlamaForCausalLM"])(TEXTS)
+    assert torch.allclose(encoder(TEXTS)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("path, words", [
+    ("./nowhere", "there is no such folder"), ("llama-Q4.gguf", "GGUF must be converted"),
+    ("gguf", "GGUF must be converted")])
+def test_what_is_no_model_in_the_hugging_face_format_is_refused(
+        tmp_path, monkeypatch, path, words):
+    monkeypatch.chdir(tmp_path)
+    Path("gguf").mkdir()
+    Path("gguf/llama-Q4.gguf").touch()
+    with pytest.raises(UserError, match=f"--clip {path} cannot be loaded.*: {words}"):
+        common.TextEncoder(path)
+
+
+class Refusal(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+
+def test_without_a_network_the_hub_is_asked_once_and_the_cache_is_read(monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:       # takes calls, answers none
+        monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert not common.hub_answers(seconds=0.2)
+    with pytest.raises(UserError, match="--llm some/model .*connect"):    # closed now
+        LLMEncoder("some/model")
+    assert hub.HF_HUB_OFFLINE
+    with http.server.HTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.handle_request).start()
+        monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert common.hub_answers(seconds=60)
 
 
 # ------------------------------------------------------------------------------------------- LoRA

@@ -2,6 +2,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ import toy
 import uvit_fusion
 from experiments import llm_adapter as experiment
 from llm_adapter import AdaptedEncoder, Adapter, Config, alignment_loss, cos_len
-from toy import judge, language, multilingual
+from toy import judge, language, models, multilingual
 
 SMALL = dict(width=16, heads=2, steps_1=3, steps_2=2, steps_3=2, batch_size=8, warmup=0)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -410,6 +411,7 @@ def test_a_grade_compares_languages_and_stages(toy_data, clip_folder, tmp_path, 
     scorer = tmp_path / "quality.safetensors"
     common.save_tensors({"weight": torch.zeros(1, 32), "bias": torch.ones(1)}, scorer)
     monkeypatch.setattr(multilingual, "SCORER", scorer)
+    monkeypatch.setattr(models, "CLIP_FOLDER", Path(clip_folder))
     args = SimpleNamespace(samples=20, sample_steps=2, font=None)
     figures = multilingual.report(base, stages, toy_data, tmp_path, args)
     assert figures["clip_english"] == figures["english"] == figures["spanish"] == 100

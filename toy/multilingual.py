@@ -4,9 +4,10 @@
 with an adapter of `llm_adapter` has taken the place of its text encoder.
 """
 import random
+from pathlib import Path
 
 import common
-from toy import judge
+from toy import judge, models
 from toy.language import LANGUAGES, paragraph, tell
 
 SCORER = "runs/toy/quality.safetensors"
@@ -65,7 +66,7 @@ def report(base, after_stage, data, folder, args):
                      figures[f"stage{n}_ci"]])
     common.print_table(rows, f"{folder}: {args.samples} held-out scenes, {args.sample_steps} "
                        "sampling steps")
-    if 3 in after_stage:
+    if 3 in after_stage and Path(base.cfg.clip) == models.CLIP_FOLDER:   # the scorer is built on it
         scorer = common.AestheticScorer(SCORER, common.ClipScorer(base.cfg.clip, base.device))
         figures["quality_before"] = float(scorer(images[2]).mean())
         figures["quality_after"] = float(scorer(images[3]).mean())
