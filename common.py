@@ -28,6 +28,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -402,17 +403,50 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
     return model.to(device).eval().requires_grad_(False), processor
 
 
+def load_tokenizer(folder):
+    import transformers
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:                                   # as in `load_pretrained`
+        raise UserError(f"--clip {folder}: the tokenizer that --clip words wrote is not there, or "
+                        "damaged: put back the run's own folder") from None
+
+
+class OneHot(nn.Module):
+    """In place of a text model: token i -> the i-th unit vector, times sqrt(D), (B, L, D).
+
+    The linear layer that reads it, the U-ViT's `context_embed`, is a table of word embeddings.
+    """
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input_ids, attention_mask):
+        features = self.dim**0.5 * F.one_hot(input_ids, self.dim).float()
+        return SimpleNamespace(last_hidden_state=features)
+
+
 class TextEncoder:
-    """A frozen encoder of text: CLIP's, T5, BERT. `length` is L, `dim` is D."""
+    """A frozen text model: CLIP's, or another encoder (T5, BERT). `length` is L; `dim` is D.
+
+    path: a folder or name as in `load_pretrained`, or <a run of --clip words>/words.
+    """
     def __init__(self, path, device="cpu"):
         self.device = torch.device(device)
-        self.model, self.tokenizer = load_pretrained(
-            "AutoModel", path, "--clip", "text encoder", device)
-        config = self.model.config.get_text_config()
-        self.dim = config.hidden_size
-        self.is_clip = config.model_type == "clip_text_model"
-        # L as in CLIP: the U-ViT has a position for each token, and a caption is short
-        positions = getattr(config, "max_position_embeddings", None) or 77
+        self.is_clip = False
+        if Path(path).name == "words":
+            self.tokenizer = load_tokenizer(path)
+            self.model = OneHot(len(self.tokenizer))
+            self.dim = self.model.dim
+            positions = self.tokenizer.model_max_length
+        else:
+            self.model, self.tokenizer = load_pretrained(
+                "AutoModel", path, "--clip", "text encoder", device)
+            config = self.model.config.get_text_config()
+            self.is_clip = config.model_type == "clip_text_model"
+            self.dim = config.hidden_size
+            positions = getattr(config, "max_position_embeddings", None) or 77
+        # as in CLIP: the U-ViT has a position for each token, and captions are short
         self.length = min(77, positions, self.tokenizer.model_max_length)
         self.warned = False
 

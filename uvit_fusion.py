@@ -119,7 +119,7 @@ class Config:
     sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"  # ancestral, DDIM, DPM-Solver++ 2M
     # the data
     data: str = "shapes"  # shapes (the toy world), or a folder: MS-COCO, or .txt beside images
-    clip: str = "runs/toy/clip"  # text encoder (CLIP, T5, BERT): a folder or a name on the hub
+    clip: str = "runs/toy/clip"  # CLIP, T5, BERT: a folder or name on the hub; words: learned here
     # no flag: tells sample.py how to load a run
     method: str = "uvit_fusion"
 
@@ -775,11 +775,25 @@ def rank_0_first(rank, world_size):
         dist.barrier()
 
 
+def train_words(data, size, folder):
+    """Writes <folder>/words, a tokenizer of the captions, for `common.TextEncoder`."""
+    items = common.CaptionedImages(data, "train", size).items
+    captions = [caption for _, texts, _ in items for caption in texts]
+    tokenizer = toy.models.train_tokenizer(captions, vocabulary=2048)
+    tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
+    tokenizer.save_pretrained(folder / "words")
+
+
 def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     """Trains a U-ViT on the captioned images in `data`; returns a pipeline with its EMA weights.
 
     args: of `main`, for its resume, overwrite, workers and compile.
     """
+    if cfg.clip == "words":
+        with rank_0_first(rank, world_size):
+            if rank == 0 and not args.resume:
+                train_words(data, cfg.size, Path(folder))
+        cfg = dataclasses.replace(cfg, clip=f"{folder}/words")
     text_encoder = common.TextEncoder(cfg.clip, device)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
     torch.manual_seed(cfg.seed)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from conftest import make_coco
+from conftest import TINY, make_coco, run
 from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors.torch import load_file
@@ -252,14 +252,36 @@ def test_an_encoder_reads_77_tokens_at_the_most(llms, tmp_path):
     assert common.TextEncoder(tmp_path / "t5")(["a man"])[0].shape == (1, 77, 32)
 
 
+def test_word_embeddings_are_learned_with_the_network(coco, tmp_path):
+    """--clip words downloads nothing: the features are one-hot, the U-ViT has the embeddings."""
+    flags = ("uvit_fusion.py", "--train", "--data", coco, "--clip", "words", "--steps", 2,
+             "--device", "cpu", "--out", "run", *TINY)
+    status, _, errors = run(*flags, cwd=tmp_path)
+    assert status == 0, errors
+    encoder = common.TextEncoder(tmp_path / "run" / "words")
+    features, mask = encoder(["picture 3 told in way 1", ""])
+    assert features.shape == (2, encoder.length, encoder.dim)
+    ids = encoder.tokenizer("picture 3 told in way 1").input_ids
+    assert features[0, mask[0]].argmax(1).tolist() == ids and encoder.length == len(ids) + 1
+    assert torch.allclose(features.square().mean(2), torch.ones(2, encoder.length))
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert weights["context_embed.weight"].shape == (32, encoder.dim)
+    status, _, errors = run("sample.py", "picture 3", "--run", "run", "--sample-steps", 2,
+                            "--device", "cpu", cwd=tmp_path)
+    assert status == 0, errors
+    status, _, errors = run(*flags, "--resume", cwd=tmp_path)
+    assert status == 0, errors
+
+
 def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_tokenizer_that_is_made_up_or_of_another_model_is_refused(llms, clip_folder, tmp_path):
-    loaders = [(common.TextEncoder, clip_folder), (common.ClipScorer, clip_folder),
-               (common.TextEncoder, llms["BertForMaskedLM"]), (LLMEncoder, llms["Qwen2ForCausalLM"])]
-    for i, (loader, source) in enumerate(loaders):
+    sources = [(common.TextEncoder, clip_folder), (common.ClipScorer, clip_folder),
+               (common.TextEncoder, llms["BertForMaskedLM"]),
+               (LLMEncoder, llms["Qwen2ForCausalLM"])]
+    for i, (loader, source) in enumerate(sources):
         folder = tmp_path / str(i)
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("tokenizer*"))
         with pytest.raises(UserError, match="own tokenizer files .* in tokenizer/"):
