@@ -18,7 +18,8 @@ import common
 import llm_adapter
 from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
-from toy import multilingual
+from toy import judge, language, multilingual
+from toy.language import LANGUAGES
 
 
 # ------------------------------------------------------------------------------------ the adapters
@@ -133,16 +134,73 @@ def compare(args):
                        f"stage 1 alone, no_stage_1: {cfg.steps_2} of stage 2 alone")
 
 
+# ------------------------------------------------------------------------------ what a layer tells
+def own_token(states, ids):
+    """Which tokens a linear map of their states names, of the second half; the first half fits it.
+
+    states (N, D), ids (N,) -> bool (N / 2,). By ridge regression.
+    """
+    x = F.pad(F.layer_norm(states, states.shape[-1:]), (0, 1), value=1.0)            # (N, D + 1)
+    y = F.one_hot(ids).float()
+    half = len(x) // 2
+    gram = x[:half].T @ x[:half] + torch.eye(x.shape[1])
+    weight = torch.linalg.solve(gram, x[:half].T @ y[:half])
+    return (x[half:] @ weight).argmax(1) == ids[half:]
+
+
+def nearest(states, mask, other_states, other_mask):
+    """For each text the number of the nearest other one, by the cosine of their mean states."""
+    means = []
+    for h, h_mask in ((states, mask), (other_states, other_mask)):
+        h = F.layer_norm(h, h.shape[-1:]) * h_mask[..., None]
+        mean = h.sum(1) / h_mask.sum(1, keepdim=True)                                # (B, D)
+        means.append(F.normalize(mean - mean.mean(0), dim=1))
+    return (means[0] @ means[1].T).argmax(1)
+
+
+def probe(args):
+    """A table of what the states of each layer tell of their own token, and of other languages."""
+    cfg = common.make_config(Config, PRESETS, args)
+    _, data, llm, cfg = llm_adapter.prepare(cfg, args)
+    scenes, _, _ = judge.validation_scenes(data, args.samples)
+    prompts = multilingual.validation_prompts(scenes, [language.plain(scene) for scene in scenes])
+    rows = [["layer", "own token, %", "+-", *LANGUAGES[1:]]]
+    figures = {}
+    for layer in range(llm.model.config.num_hidden_layers + 1):
+        llm.layer = layer
+        states, mask = llm(prompts["turns"])
+        mask[:, 0] = False                                            # start says nothing
+        tokens = llm.tokenizer(prompts["turns"]).input_ids
+        ids = torch.tensor([i for row in tokens for i in row[1:]])
+        figures |= common.percent(f"layer{layer}_token", own_token(states[mask], ids).numpy())
+        row = [layer, figures[f"layer{layer}_token"], figures[f"layer{layer}_token_ci"]]
+        english = llm(prompts["english"])
+        for name in LANGUAGES[1:]:
+            found = nearest(*llm(prompts[name]), *english).tolist()
+            right = [prompts["english"][i] == prompts["english"][j] for i, j in enumerate(found)]
+            figures |= common.percent(f"layer{layer}_{name}", right)
+            row.append(figures[f"layer{layer}_{name}"])
+        rows.append(row)
+    common.write_results(Path(args.out or "runs/llm_probe"), figures)
+    common.print_table(rows, f"{args.samples} held-out scenes: tokens named by a linear map of "
+                       "their states, and texts whose mean state is nearest the English of the "
+                       "same scene")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["compare"])
+    parser.add_argument("action", choices=["compare", "probe"])
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
     common.add_training_flags(parser, "folder of the runs (default runs/llm_compare)")
     common.add_config_flags(parser, Config, PRESETS)
-    compare(parser.parse_args())
+    args = parser.parse_args()
+    if args.action == "compare":
+        compare(args)
+    else:
+        probe(args)
 
 
 if __name__ == "__main__":
