@@ -171,7 +171,7 @@ def probe(args):
         states, mask = llm(prompts["turns"])
         mask[:, 0] = False                                            # start says nothing
         tokens = llm.tokenizer(prompts["turns"]).input_ids
-        ids = torch.tensor([i for row in tokens for i in row[1:]])
+        ids = torch.tensor([i for row in tokens for i in row[1:llm.length]])
         figures |= common.percent(f"layer{layer}_token", own_token(states[mask], ids).numpy())
         row = [layer, figures[f"layer{layer}_token"], figures[f"layer{layer}_token_ci"]]
         english = llm(prompts["english"])

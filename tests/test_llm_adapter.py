@@ -438,6 +438,57 @@ def test_the_adapters_of_the_comparison():
     assert torch.allclose(alone, y[:, 1], atol=1e-5)
 
 
+def test_random_embeddings_are_the_llms_own_in_another_order(world):
+    llm = common.LLMEncoder(world / "llm", 0)
+    table = llm.model.get_input_embeddings().weight
+    before = table.clone()
+    h, mask = experiment.shuffle_embeddings(Config(), llm)(["a man"])
+    ids = llm.tokenizer("a man").input_ids
+    assert mask.all() and torch.equal(h[0], table[ids])
+    assert not torch.equal(table, before)
+    assert torch.equal(table.sort(0).values, before.sort(0).values)
+    assert len(set(table[:, 0].tolist()) & set(before[:, 0].tolist())) == 300       # whole rows
+
+
+def test_layers_side_by_side_are_each_normalised(world):
+    both = experiment.embeddings_and_last(Config(llm=str(world / "llm")),
+                                          common.LLMEncoder(world / "llm", 0))
+    texts = ["a man", "a man on a horse"]
+    h, mask = both(texts)
+    for i, layer in enumerate((0, -1)):
+        expected, expected_mask = common.LLMEncoder(world / "llm", layer)(texts)
+        part = h[..., 16 * i:16 * (i + 1)]
+        assert torch.allclose(part, F.layer_norm(expected, (16,)), atol=1e-5)
+        assert torch.equal(mask, expected_mask) and both.dim == h.shape[2] == 32
+
+
+def test_the_probe_names_tokens_and_finds_the_nearest_text():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(400) % 8
+    table = torch.randn(8, 20, generator=generator)
+    assert experiment.own_token(5 + 3 * table[ids], ids).all()
+    noise = torch.randn(400, 20, generator=generator)
+    assert experiment.own_token(noise, ids).float().mean() < 0.3            # by chance: an eighth
+    texts = torch.randn(6, 4, 20, generator=generator)
+    mask = torch.arange(4) < torch.tensor([2, 4, 3, 1, 2, 4])[:, None]
+    order = [3, 0, 5, 1, 4, 2]
+    padded = torch.where(mask[..., None], texts, 100.0)
+    found = experiment.nearest(3 * padded[order], mask[order], texts, mask)
+    assert found.tolist() == order
+
+
+def test_a_probe_writes_what_each_layer_knows(toy_data, base, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "prepare", lambda *flags: toy_data)
+    status, table, errors = run("experiments.llm_adapter", "probe", "--base", base, "--llm",
+                                world / "llm", "--out", "out", "--samples", 8, "--device", "cpu",
+                                cwd=tmp_path)
+    assert status == 0, errors
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert figures["layer0_token"] > figures["layer2_token_ci"] and "chinese" in table
+    names = {f"layer{n}_{name}" for n in (0, 1, 2) for name in language.LANGUAGES[1:]}
+    assert names <= set(figures)
+
+
 def test_a_comparison_keeps_what_is_finished(toy_data, base, world, tmp_path, monkeypatch):
     shutil.copytree(toy_data, tmp_path / "shapes")
     language.build_parallel(tmp_path / "shapes")
