@@ -321,7 +321,7 @@ def hub_answers(seconds=5):
 def check_path(path):
     """Refuses what is no model, and keeps from the network where there is none."""
     folder = Path(path)
-    is_gguf = folder.suffix == ".gguf" or any(folder.glob("*.gguf"))
+    is_gguf = str(path).lower().endswith("gguf") or any(folder.glob("*.gguf"))
     if is_gguf and not (folder / "config.json").exists():
         raise OSError("GGUF must be converted: expected the model in the Hugging Face format, a "
                       "folder with config.json, .safetensors and a tokenizer")

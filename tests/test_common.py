@@ -345,6 +345,7 @@ def test_code_that_a_model_brings_along_runs_with_its_flag_alone(llms, tmp_path,
 
 @pytest.mark.parametrize("path, words", [
     ("./nowhere", "there is no such folder"), ("llama-Q4.gguf", "GGUF must be converted"),
+    ("TheBloke/Llama-2-7B-GGUF", "GGUF must be converted"),
     ("gguf", "GGUF must be converted")])
 def test_what_is_no_model_in_the_hugging_face_format_is_refused(
         tmp_path, monkeypatch, path, words):
