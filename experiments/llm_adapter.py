@@ -9,8 +9,10 @@ so the command can be given again.
 """
 import argparse
 import dataclasses
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +21,7 @@ import llm_adapter
 from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
 from toy import judge, language, multilingual
-from toy.language import LANGUAGES
+from toy.shapes import COLOURS
 
 
 # ------------------------------------------------------------------------------------ the adapters
@@ -135,56 +137,87 @@ def compare(args):
 
 
 # ------------------------------------------------------------------------------ what a layer tells
-def own_token(states, ids):
-    """Which tokens a linear map of their states names, of the second half; the first half fits it.
+QUESTION = ". in plain words:"                  # behind it, the tiny LLM has seen the meaning
 
-    states (N, D), ids (N,) -> bool (N / 2,). By ridge regression.
+
+def linear_map(states, labels, others):
+    """The labels (M,) of `others` (M, D) by a linear map that is fitted to `states` (N, D), (N,).
+
+    By ridge regression.
     """
     x = F.pad(F.layer_norm(states, states.shape[-1:]), (0, 1), value=1.0)            # (N, D + 1)
-    y = F.one_hot(ids).float()
-    half = len(x) // 2
-    gram = x[:half].T @ x[:half] + torch.eye(x.shape[1])
-    weight = torch.linalg.solve(gram, x[:half].T @ y[:half])
-    return (x[half:] @ weight).argmax(1) == ids[half:]
+    y = F.one_hot(labels).float()
+    weight = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
+    others = F.pad(F.layer_norm(others, others.shape[-1:]), (0, 1), value=1.0)       # (M, D + 1)
+    return (others @ weight).argmax(1)
 
 
-def nearest(states, mask, other_states, other_mask):
-    """For each text the number of the nearest other one, by the cosine of their mean states."""
+def own_token(llm, texts):
+    """Which tokens of the second half of the texts a linear map of their states names, (N,)."""
+    half = len(texts) // 2
+    states = []
+    ids = []
+    for part in (texts[:half], texts[half:]):
+        h, mask = llm(part)
+        mask[:, 0] = False                                        # the start says nothing
+        states.append(h[mask])                                                       # (N, D)
+        tokens = llm.tokenizer(part).input_ids
+        ids.append(torch.tensor([i for row in tokens for i in row[1:llm.length]]))
+    return linear_map(states[0], ids[0], states[1]) == ids[1]
+
+
+def same_scene(llm, texts, english):
+    """For which texts the nearest English one, by the cosine of mean states, is its own, (N,)."""
     means = []
-    for h, h_mask in ((states, mask), (other_states, other_mask)):
-        h = F.layer_norm(h, h.shape[-1:]) * h_mask[..., None]
-        mean = h.sum(1) / h_mask.sum(1, keepdim=True)                                # (B, D)
+    for part in (texts, english):
+        h, mask = llm(part)
+        h = F.layer_norm(h, h.shape[-1:]) * mask[..., None]
+        mean = h.sum(1) / mask.sum(1, keepdim=True)                                  # (N, D)
         means.append(F.normalize(mean - mean.mean(0), dim=1))
-    return (means[0] @ means[1].T).argmax(1)
+    nearest = (means[0] @ means[1].T).argmax(1).tolist()
+    return np.array([english[i] == english[j] for i, j in enumerate(nearest)])
+
+
+def narrative_colour(llm, scenes, captions, question):
+    """Whose colour a linear map of the last state names in narratives, fitted to captions, (N,).
+
+    The scenes have one group each; question: what stands behind each text.
+    """
+    labels = torch.tensor([list(COLOURS).index(scene.groups[0].colour) for scene in scenes])
+    narratives = [language.narrative(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+    states = []
+    for texts in (captions, narratives):
+        h, mask = llm([text + question for text in texts])
+        states.append(h[torch.arange(len(h)), mask.sum(1) - 1])                      # (N, D)
+    return linear_map(states[0], labels, states[1]) == labels
 
 
 def probe(args):
-    """A table of what the states of each layer tell of their own token, and of other languages."""
+    """A table of what the states of each layer tell, without any adapter."""
     cfg = common.make_config(Config, PRESETS, args)
     _, data, llm, cfg = llm_adapter.prepare(cfg, args)
-    scenes, _, _ = judge.validation_scenes(data, args.samples)
+    scenes, captions, _ = judge.validation_scenes(data, args.samples)
     prompts = multilingual.validation_prompts(scenes, [language.plain(scene) for scene in scenes])
-    rows = [["layer", "own token, %", "+-", *LANGUAGES[1:]]]
+    alone = [i for i, scene in enumerate(scenes) if scene.relation is None]      # of one group
+    one_group = [scenes[i] for i in alone]
+    its_captions = [captions[i] for i in alone]
+    rows = [["layer", "own token", "same scene", "colour", "colour, asked", "+-"]]
     figures = {}
     for layer in range(llm.model.config.num_hidden_layers + 1):
         llm.layer = layer
-        states, mask = llm(prompts["turns"])
-        mask[:, 0] = False                                            # start says nothing
-        tokens = llm.tokenizer(prompts["turns"]).input_ids
-        ids = torch.tensor([i for row in tokens for i in row[1:llm.length]])
-        figures |= common.percent(f"layer{layer}_token", own_token(states[mask], ids).numpy())
-        row = [layer, figures[f"layer{layer}_token"], figures[f"layer{layer}_token_ci"]]
-        english = llm(prompts["english"])
-        for name in LANGUAGES[1:]:
-            found = nearest(*llm(prompts[name]), *english).tolist()
-            right = [prompts["english"][i] == prompts["english"][j] for i, j in enumerate(found)]
-            figures |= common.percent(f"layer{layer}_{name}", right)
-            row.append(figures[f"layer{layer}_{name}"])
-        rows.append(row)
+        table = {
+            "token": own_token(llm, prompts["turns"]),
+            "scene": same_scene(llm, prompts["german"], prompts["english"]),
+            "colour": narrative_colour(llm, one_group, its_captions, ""),
+            "asked": narrative_colour(llm, one_group, its_captions, QUESTION),
+        }
+        for name, right in table.items():
+            figures |= common.percent(f"layer{layer}_{name}", np.asarray(right))
+        rows.append([layer, *(figures[f"layer{layer}_{name}"] for name in table),
+                     figures[f"layer{layer}_asked_ci"]])
     common.write_results(Path(args.out or "runs/llm_probe"), figures)
-    common.print_table(rows, f"{args.samples} held-out scenes: tokens named by a linear map of "
-                       "their states, and texts whose mean state is nearest the English of the "
-                       "same scene")
+    common.print_table(rows, f"% right, on {args.samples} held-out scenes, {len(alone)} of them of "
+                       "one group")
 
 
 def main():

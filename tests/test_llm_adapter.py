@@ -1,6 +1,7 @@
 """An LLM as the text encoder: the adapter's equations, the losses, the stages, the grading."""
 import json
 import math
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ import toy
 import uvit_fusion
 from experiments import llm_adapter as experiment
 from llm_adapter import AdaptedEncoder, Adapter, Config, alignment_loss, cos_len
-from toy import judge, language, models, multilingual
+from toy import judge, language, models, multilingual, shapes
+from toy.shapes import Group, Scene
 
 SMALL = dict(width=16, heads=2, steps_1=3, steps_2=2, steps_3=2, batch_size=8, warmup=0)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -462,31 +464,68 @@ def test_layers_side_by_side_are_each_normalised(world):
         assert torch.equal(mask, expected_mask) and both.dim == h.shape[2] == 32
 
 
-def test_the_probe_names_tokens_and_finds_the_nearest_text():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.arange(400) % 8
-    table = torch.randn(8, 20, generator=generator)
-    assert experiment.own_token(5 + 3 * table[ids], ids).all()
-    noise = torch.randn(400, 20, generator=generator)
-    assert experiment.own_token(noise, ids).float().mean() < 0.3            # by chance: an eighth
-    texts = torch.randn(6, 4, 20, generator=generator)
-    mask = torch.arange(4) < torch.tensor([2, 4, 3, 1, 2, 4])[:, None]
-    order = [3, 0, 5, 1, 4, 2]
-    padded = torch.where(mask[..., None], texts, 100.0)
-    found = experiment.nearest(3 * padded[order], mask[order], texts, mask)
-    assert found.tolist() == order
+class WordLLM:
+    """Stands for an LLM: the state of a token is a vector of its own; texts are words."""
+    length = 9
+
+    def __init__(self, words):
+        self.words = ["<start>", *words]
+        generator = torch.Generator().manual_seed(0)
+        self.table = 5 + 3 * torch.randn(len(self.words), 20, generator=generator)
+
+    def tokenizer(self, texts):
+        rows = [[self.words.index(word) for word in f"<start> {text}".split()] for text in texts]
+        return SimpleNamespace(input_ids=rows)
+
+    def __call__(self, texts):
+        rows = [torch.tensor(row[:self.length]) for row in self.tokenizer(texts).input_ids]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        return self.table[ids], mask
+
+
+def test_a_probe_names_tokens_finds_texts_and_reads_the_last_state():
+    llm = WordLLM("a b c d e f".split())
+    assert experiment.own_token(llm, ["a b c", "f e d b c d e f a a", "b c", "d e f a"]).all()
+    assert not experiment.own_token(llm, ["a b c", "d e f"]).any()    # not fitted to the second
+    english = ["a b", "c d", "e e e f", "a b"]
+    found = experiment.same_scene(llm, ["f f e", "b b a a", "d c", "a c e"], english)
+    assert found.tolist() == [False, False, False, False]
+    found = experiment.same_scene(llm, ["b a", "d c c", "f e", "a b a"], english)
+    assert found.tolist() == [True, True, True, True]         # of equal texts either is right
+
+
+def test_the_colour_of_a_narrative_is_read_where_it_is_asked_for():
+    scenes = [Scene((Group(1, colour, "circle"),)) for colour in shapes.COLOURS]
+    captions = [f"{scene.groups[0].colour} thing" for scene in scenes]
+    narratives = [language.narrative(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+    colours = list(shapes.COLOURS)
+
+    class Asked(WordLLM):
+        """Knows the meaning behind the question alone."""
+        def __call__(self, texts):
+            h, mask = super().__call__(texts)
+            for i, text in enumerate(texts):
+                if text.endswith("?"):
+                    h[i, mask[i].sum() - 1] = self.table[1 + i % 5]
+            return h, mask
+    words = " ".join([*captions, *narratives, *(f"{text}?" for text in captions + narratives)])
+    llm = Asked(list(dict.fromkeys(colours + words.split())))
+    llm.length = 30
+    assert experiment.narrative_colour(llm, scenes, captions, "?").all()
+    assert not experiment.narrative_colour(llm, scenes, captions, "").all()
 
 
 def test_a_probe_writes_what_each_layer_knows(toy_data, base, world, tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "prepare", lambda *flags: toy_data)
     status, table, errors = run("experiments.llm_adapter", "probe", "--base", base, "--llm",
-                                world / "llm", "--out", "out", "--samples", 8, "--device", "cpu",
+                                world / "llm", "--out", "out", "--samples", 16, "--device", "cpu",
                                 cwd=tmp_path)
     assert status == 0, errors
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert figures["layer0_token"] > figures["layer2_token_ci"] and "chinese" in table
-    names = {f"layer{n}_{name}" for n in (0, 1, 2) for name in language.LANGUAGES[1:]}
-    assert names <= set(figures)
+    for name in ("token", "scene", "colour", "asked"):
+        assert {f"layer{n}_{name}" for n in (0, 1, 2)} <= set(figures)
+    assert "own token" in table
 
 
 def test_a_comparison_keeps_what_is_finished(toy_data, base, world, tmp_path, monkeypatch):
