@@ -142,8 +142,10 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    # pixels of your own: after few steps ancestral sampling draws photographs black
-    "pictures": dict(size=32, steps=20_000, decay=0.2, snapshot_at=(0,), sampler="dpm"),
+    # Pixels of your own. Where there is little noise the network must copy what it sees. Until it
+    # has learned that, sampling drifts to black or white: so it sees little noise more often.
+    "pictures": dict(size=32, time_power=1.0, steps=20_000, decay=0.2, snapshot_at=(0,),
+                     sampler="dpm"),
     # U-ViT-S/2 on MS-COCO as published, with the fusion of this paper's released code
     "coco": dict(
         size=32, channels=4, text_dim=768, text_length=77, mask_text=False,
