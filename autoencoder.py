@@ -292,11 +292,11 @@ class Latents(common.CaptionedImages):
             self.items = items
 
     def image(self, i):
-        """(2, C, s, s) float16; raises OSError for an image that could not be read"""
+        """(2, C, s, s) float16; raises BrokenImage for an image that could not be read"""
         path = self.items[i][0]
         row = self.row_of[path]
         if row in self.broken:
-            raise OSError(f"{path} could not be read")
+            raise common.BrokenImage(f"{path} could not be read")
         return torch.from_numpy(self.rows[row].copy())   # a copy, since the map is read-only
 
 

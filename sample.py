@@ -90,20 +90,23 @@ def run_folder(args):
 def add_sampling_flags(parser):
     parser.add_argument("--sample-steps", type=common.positive, default=25,
                         help="network evaluations an image (default %(default)s)")
-    parser.add_argument("--guidance", type=float,
+    parser.add_argument("--guidance", type=common.finite,
                         help="w of uncond + w (cond - uncond), 1: none (default: the run's)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    parser.add_argument("--guidance-interval", type=common.finite, nargs=2,
+                        metavar=("LOW", "HIGH"),
                         help="guide only where t / T lies within (default: the run's)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"),
                         help="dpm: DPM-Solver++ 2M (default: the run's)")
     parser.add_argument("--negative-prompt", default="",
                         help="text that takes the place of the empty prompt in guidance")
-    parser.add_argument("--noise-seed", type=int, default=0,
+    parser.add_argument("--noise-seed", type=common.whole, default=0,
                         help="seed of the noise that images start from (default %(default)s)")
 
 
 def sampling_options(args):
     """The flags of `add_sampling_flags` as keyword arguments of `Pipeline.generate`."""
+    if args.guidance_interval:
+        uvit_fusion.check_interval(args.guidance_interval)
     return dict(steps=args.sample_steps, guidance=args.guidance,
                 guidance_interval=args.guidance_interval, sampler=args.sampler,
                 negative_prompt=args.negative_prompt, seed=args.noise_seed)
@@ -114,9 +117,10 @@ def read_prompts(args):
     """The prompts of the command line, of --file, and of standard input for the prompt "-"."""
     prompts = [prompt for prompt in args.prompts if prompt != "-"]
     if args.file:
-        prompts += Path(args.file).read_text(encoding="utf-8-sig").splitlines()
+        prompts += common.read_text(args.file).splitlines()
     if "-" in args.prompts:
-        prompts += sys.stdin.read().splitlines()
+        with common.reading("standard input", "send UTF-8"):
+            prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
     return [prompt.strip() for prompt in prompts if prompt.strip()]
 
 

@@ -70,6 +70,13 @@ from common import UserError
 from toy import judge
 
 
+def check_interval(interval):
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance-interval {low:g} {high:g}: both are shares of the time, "
+                        "between 0 and 1, the lower one first")
+
+
 @dataclass
 class Config:
     # the image and the text
@@ -133,6 +140,7 @@ class Config:
         if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2:
             raise UserError(f"--depth {self.depth} must be even, and --image-blocks "
                             f"{self.image_blocks} at most half of it")
+        check_interval(self.guidance_interval)
         if min(self.steps, self.batch_size, self.accumulate) < 1:
             raise UserError("--steps, --batch-size and --accumulate must be at least 1")
         if self.batch_size % self.accumulate:
@@ -863,7 +871,7 @@ def add_flags(parser):
     parser.add_argument("--quick", action="store_true", help="the same in small, into runs/quick")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes that read images")
+    parser.add_argument("--workers", type=common.whole, help="processes that read images")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile (needs a C++ compiler on CPUs)")
     common.add_training_flags(parser, "run folder (default runs/uvit_fusion)")

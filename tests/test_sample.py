@@ -129,9 +129,20 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
     (["--clip", "some"], "--weights"),
     (["--font", "nowhere.ttf"], "--font nowhere.ttf"),
     (["--sample-steps", 1001], "--sample-steps"),
+    (["--guidance", "nan"], "--guidance"),
+    (["--guidance", "inf"], "--guidance"),
+    (["--guidance-interval", 1, 0], "--guidance-interval 1 0: both are shares"),
+    (["--guidance-interval", 60, 100], "--guidance-interval 60 100: both are shares"),
+    (["--noise-seed", "9" * 5000], "999 is no whole number of 32 bits"),
+    (["--file", "latin.txt"], "latin.txt, line 2: not in UTF-8"),
+    (["\udcff"], "UTF-8"),
+    (["--run", "broken"], "gives nan, no images"),
     (["--run", "other"], "names the method 'gan'"),
 ])
-def test_a_slip_is_one_line(folder, flags, word):
+def test_a_slip_is_one_line(folder, pipeline, flags, word):
+    pipeline.model.decoder_pred.bias[0] = torch.nan
+    save_run(pipeline, folder / "broken")
+    (folder / "latin.txt").write_bytes(b"a man\na caf\xe9\n")
     (folder / "other").mkdir()
     common.write_json(folder / "other" / "config.json", {"method": "gan"})
     refused(run("sample.py", "a man", *flags, *DEVICE, cwd=folder), word)
