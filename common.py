@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -63,7 +64,7 @@ def entry(main):
         reason = system_failure(error)
         if not reason:
             raise
-    print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {reason}", sys.stderr)      # below a bar
     sys.exit(2)
 
 
@@ -390,6 +391,11 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.items)
 
+    def identity(self):
+        """A hash of names and captions: data that were moved are the same data."""
+        content = [(path.name, captions) for path, captions, _ in self.items]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def image(self, i):
         """uint8 (3, S, S); raises BrokenImage."""
         if i in self.cache:
@@ -445,26 +451,42 @@ class ResumableBatchSampler:
 def collate(items):
     """Leaves captions as they are, which may be pairs; the default would sort them into columns."""
     images, captions, broken = zip(*items)
-    return torch.stack(images), list(captions), [path for path in broken if path]
+    return torch.stack(images).numpy(), list(captions), list(broken)
 
 
-def batches(dataset, batch_size, start, stop, seed, workers=None, rank=0, world_size=1):
-    """Yields (images uint8 (B, 3, S, S), B captions) for the steps start + 1 to stop.
+def load_batches(dataset, lists, workers=None, world_size=1):
+    """(images, captions, what is broken) for each of some lists of (index, seed).
 
-    workers: processes that read images; by default none for small images, else up to 8.
+    workers: processes that read images; by default none for small images, else up to 8. They send
+    arrays through pipes: tensors would go by /dev/shm, which is too small in many containers.
     """
     if workers is None:
         cores = (os.cpu_count() or 1) // world_size
         workers = 0 if dataset.in_memory else min(8, max(1, cores))
-    sampler = ResumableBatchSampler(len(dataset), batch_size, start, stop, seed, rank, world_size)
+    if not 0 <= workers <= 256:
+        raise UserError(f"--workers {workers}: choose 0 to 256")
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-        pin_memory=torch.cuda.is_available())
+        dataset, batch_sampler=lists, collate_fn=collate, num_workers=workers)
+    for images, captions, broken in loader:
+        yield torch.from_numpy(images), captions, broken
+
+
+def load_all(dataset, batch_size, title, workers=None):
+    """`load_batches` of all images in order, with a progress bar."""
+    order = [(i, i) for i in range(len(dataset))]
+    lists = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
+    return tqdm(load_batches(dataset, lists, workers), title, len(lists))
+
+
+def batches(dataset, batch_size, start, stop, seed, workers=None, rank=0, world_size=1):
+    """Yields (images uint8 (B, 3, S, S), B captions) for the steps start + 1 to stop."""
+    sampler = ResumableBatchSampler(len(dataset), batch_size, start, stop, seed, rank, world_size)
     broken = set()
-    for images, captions, paths in loader:
-        if paths and not broken:
-            print(f"\nwarning: {paths[0]}; another image takes its place")
-        broken.update(paths)
+    for images, captions, reasons in load_batches(dataset, sampler, workers, world_size):
+        reasons = set(filter(None, reasons))
+        if reasons and not broken:
+            print(f"\nwarning: {min(reasons)}; another image takes its place")
+        broken |= reasons
         if len(broken) > 0.01 * len(dataset):
             raise UserError(f"{len(broken)} of {len(dataset):,} images cannot be read, more than "
                             f"1 % (one: {min(broken)}): mend or remove them")
@@ -885,10 +907,10 @@ def add_config_flags(parser, config_class, presets):
 def check_value(kind, default, value):
     """A value of JSON or of a flag, as a field of this type has it; raises if it does not fit."""
     if kind is tuple:
-        return tuple(check_value(type(default[0]), 0, number) for number in value)
+        return tuple(check_value(type(default[0]), default[0], number) for number in value)
     if kind in NUMBERS and not isinstance(value, bool):
         number = NUMBERS[kind](str(value))
-        if number < 0 <= default:
+        if number < 0 < default:
             raise ValueError(f"{number} is below 0")
         return number
     choices = typing.get_args(kind)
@@ -914,11 +936,23 @@ def make_config(config_class, presets, args):
     return build_config(config_class, presets[args.preset] | given)
 
 
+def relocate(path, folder):
+    """A path that a run's config names; where there is none, as seen from around the run."""
+    if not os.path.exists(path):
+        for parent in Path(folder).resolve().parents:
+            if (parent / path).exists():
+                return str(parent / path)
+    return path
+
+
 def read_config(config_class, folder, name="config.json"):
     """The settings of a run folder."""
     path = Path(folder) / name
     content = read_json(path)
     with reading(path, "these are no settings of this method"):
+        for setting, value in content.items():          # such as runs/toy/clip
+            if isinstance(value, str) and ("/" in value or "." in value):
+                content[setting] = relocate(value, folder)
         return build_config(config_class, content, f"{path}: ")
 
 
@@ -958,15 +992,54 @@ def check_run(folder, args):
                         "anew, --out for another folder")
 
 
+def may_go_on(name, before, now):
+    """Whether a run can be resumed with the setting `name` of now: {name: value}, not `before`."""
+    value = now[name]
+    if name == "steps" and now.get("decay") == 0 and type(before) is int:
+        return before <= value                          # the learning rate does not end there
+    if isinstance(value, str) and isinstance(before, str):
+        spelled = [path for path in (before, value) if os.path.exists(path)]
+        return before == value or (len(spelled) == 2 and os.path.samefile(*spelled))
+    return before == value
+
+
+def load_part(part, saved):
+    """part.load_state_dict; of an optimizer, which itself checks little, the state alone."""
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(saved)
+        return
+    # its settings are those of the config, which were compared
+    part.load_state_dict(saved | {"param_groups": part.state_dict()["param_groups"]})
+    names = {tuple(values) for values in part.state.values()}
+    fits = [value.shape in ((), parameter.shape)
+            for parameter, values in part.state.items() for value in values.values()]
+    if len(names) > 1 or not all(fits):
+        raise ValueError("the state of an optimizer does not fit")
+
+
+def read_metrics(path):
+    """(names, rows) of a metrics.csv, in cells; a row that was cut off is left out."""
+    heading, *lines = path.read_text(errors="replace").split("\n")
+    names = heading.split(",")
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            cells = line.split(",")
+            if len(list(map(float, cells))) == len(names):
+                rows.append(cells)
+    return names, rows
+
+
 class Run:
     """The folder of one training: config.json, metrics.csv, checkpoints; and its progress bar.
 
     parts: modules and optimizers, which with args.resume get the state that was saved.
     weights: {name: tensor} for model.safetensors; each save writes the values they have then.
+    dataset: what it learns from, so that it can go on with the same data in another place.
     `start`: the step after which the training goes on, 0 for a new one.
     """
     def __init__(self, folder, cfg, parts, weights, args, precision, save_every=1000,
-                 title="training", rank=0):
+                 title="training", rank=0, dataset=None):
         self.folder = Path(folder)
         self.parts = parts
         self.weights = weights
@@ -974,6 +1047,7 @@ class Run:
         self.steps = cfg.steps
         self.save_every = save_every
         self.rank = rank                                # of several processes only rank 0 writes
+        self.data = dataset.identity() if dataset else ""
         self.start = 0
         self.values = []                                # what was logged since the last row
         self.stopped = False
@@ -987,6 +1061,7 @@ class Run:
                 for old in self.folder.glob(pattern):
                     old.unlink()
             write_json(self.folder / "config.json", dataclasses.asdict(cfg))
+        self.saved = self.start                         # the step of the last checkpoint
         self.progress = tqdm(total=self.steps, initial=self.start, desc=title, unit="step",
                              disable=rank > 0 or self.start == self.steps)
         # torchrun's processes would each stop at another step: there, Ctrl-C ends them at once
@@ -995,29 +1070,38 @@ class Run:
             signal.signal(signal.SIGTERM, self.ask_to_stop)      # what clusters send
 
     def restore(self, cfg):
-        before = read_json(self.folder / "config.json")
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
-        for name in now:
-            if before.get(name) != now[name]:
-                raise UserError(f"{self.folder}/ was begun with {name} = {before.get(name)}, now "
-                                f"it is {now[name]}: give the same settings, or another --out")
         path = self.folder / "state.pt"
-        try:
+        with reading(path, "it is damaged: start anew with --overwrite"):
+            if zipfile.ZipFile(path).testzip():         # compares checksums
+                raise ValueError("its content has changed")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            for part, saved in zip(self.parts, state["parts"], strict=True):
-                part.load_state_dict(saved)
-            self.start = state["step"]
             precision = state["precision"]
-        except Exception:                               # a damaged file can raise anything
-            raise UserError(f"{path} is damaged: start anew with --overwrite") from None
         if precision != self.precision:
             raise UserError(f"{self.folder}/ was trained in {precision}, now it would be in "
                             f"{self.precision}: give the same --precision")
+        before = read_json(self.folder / "config.json")
+        now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
+        for name in now:
+            same_data = name == "data" and self.data and self.data == state.get("data")
+            if not same_data and not may_go_on(name, before.get(name), now):
+                hint = "give the same settings, or another --out"
+                if name == "steps" and "init" in now:
+                    hint = ("its learning rate falls until the last step; to train on, begin "
+                            f"another --out with --init {self.folder}/model.safetensors")
+                raise UserError(f"{self.folder}/ was begun with {name} = {before.get(name)}, now "
+                                f"it is {now[name]}: {hint}")
+        with reading(path, "it is damaged: start anew with --overwrite"):
+            self.start = range(self.steps + 1).index(state["step"])
+            for part, saved in zip(self.parts, state["parts"], strict=True):
+                load_part(part, saved)
         path = self.folder / "metrics.csv"
+        if self.rank == 0:
+            write_json(self.folder / "config.json", before | now)
         if self.rank == 0 and path.exists():            # drop the rows from after the checkpoint
-            heading, *rows = path.read_text().splitlines()
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.start]
-            path.write_text("\n".join([heading, *kept]) + "\n")
+            names, rows = read_metrics(path)
+            rows = [row for row in rows if float(row[0]) <= self.start]
+            with atomic_write(path) as unfinished:
+                unfinished.write_text("".join(",".join(row) + "\n" for row in [names, *rows]))
 
     def ask_to_stop(self, number, frame):
         self.stopped = True
@@ -1042,10 +1126,22 @@ class Run:
                             "stays as it was: try a lower --lr, or --precision fp32")
         self.progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
         if self.rank == 0:
-            with open(self.folder / "metrics.csv", "a") as file:
+            with self.writing(), open(self.folder / "metrics.csv", "a") as file:
                 if file.tell() == 0:
                     print("step", *means, sep=",", file=file)
                 print(step, *(f"{value:.6g}" for value in means.values()), sep=",", file=file)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Around writing to the folder: each kind of file fails in its own way on a full disk."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            advice = "make room and start again"
+            if self.saved:
+                advice = f"the checkpoint of step {self.saved} is whole: make room, then --resume"
+            message = f"{self.folder}/ cannot be written: {say_why(error)}; {advice}"
+            raise UserError(message) from None
 
     def due(self, step):
         return step % self.save_every == 0 or step == self.steps or self.stopped
@@ -1053,11 +1149,14 @@ class Run:
     def save(self, step):
         """Writes the checkpoint and loss.png; after Ctrl-C, ends the process with status 130."""
         if self.rank == 0:
-            save_tensors(self.weights, self.folder / "model.safetensors")
-            parts = [part.state_dict() for part in self.parts]
-            with atomic_write(self.folder / "state.pt") as unfinished:
-                torch.save({"step": step, "precision": self.precision, "parts": parts}, unfinished)
-            self.plot()
+            state = {"step": step, "precision": self.precision, "data": self.data,
+                     "parts": [part.state_dict() for part in self.parts]}
+            with self.writing():
+                save_tensors(self.weights, self.folder / "model.safetensors")
+                with atomic_write(self.folder / "state.pt") as unfinished:
+                    torch.save(state, unfinished)
+                self.saved = step
+                self.plot()
         if step < self.steps and not self.stopped:
             return
         self.progress.close()
@@ -1070,8 +1169,9 @@ class Run:
     def plot(self):
         path = self.folder / "metrics.csv"
         if path.exists():                               # not there before the first 20 steps
-            rows = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
-            curves = {name: list(zip(rows["step"], rows[name])) for name in rows.dtype.names[1:]}
+            names, rows = read_metrics(path)
+            steps, *columns = np.array(rows, float).reshape(-1, len(names)).T
+            curves = {name: list(zip(steps, column)) for name, column in zip(names[1:], columns)}
             plot(curves, self.folder / "loss.png", "step", "loss", log=True)
 
 
@@ -1140,11 +1240,12 @@ def print_table(rows, title=""):
 # ---------------------------------------------------------------------------------------- pictures
 def load_font(path=None):
     """The font of a file; by default DejaVu, which knows more scripts than Pillow's own font."""
+    if path:
+        with reading(f"--font {path}", "it is no font file that can be read"):
+            return ImageFont.truetype(path, 11)
     try:
-        return ImageFont.truetype(path or "DejaVuSans.ttf", 11)
+        return ImageFont.truetype("DejaVuSans.ttf", 11)
     except OSError:
-        if path:
-            raise UserError(f"--font {path} is no font file that can be read") from None
         return ImageFont.load_default(11)
 
 
@@ -1160,10 +1261,18 @@ def wrap(text, width, font):
     return lines
 
 
+def save_image(image, path):
+    """Writes a PIL image, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as unfinished:
+        image.save(unfinished, Image.registered_extensions()[path.suffix.lower()])
+
+
 def image_grid(images, texts, path, columns=None, titles=(), font=None):
     """Writes N images, uint8 (H, H, 3), as a grid: a text below each, a title left of each row."""
     font = font or load_font()
-    columns = columns or min(len(images), max(4, math.ceil(len(images)**0.5)))
+    columns = min(columns or max(4, math.ceil(len(images)**0.5)), len(images))
     side = max(96, len(images[0]))
     gap = 8
     line = 14                                           # height of a line of text
@@ -1189,8 +1298,7 @@ def image_grid(images, texts, path, columns=None, titles=(), font=None):
             draw.multiline_text((x, side + 1), "\n".join(texts[i]), "black", font, spacing=2)
         rows.append(np.asarray(row))
     sheet = np.pad(np.concatenate(rows), ((gap, 0), (0, 0), (0, 0)), constant_values=255)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    save_image(Image.fromarray(sheet), path)
 
 
 CURVE_COLOURS = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
@@ -1203,7 +1311,7 @@ def plot(curves, path, x_label, y_label, log=False):
     for name, curve in curves.items():
         drawn = [(x, scale(y)) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
         points[name] = np.array(drawn).reshape(-1, 2)
-    every = np.concatenate(list(points.values()))
+    every = np.concatenate([np.empty((0, 2)), *points.values()])
     if not len(every):
         return
     low = every.min(0)
@@ -1232,5 +1340,4 @@ def plot(curves, path, x_label, y_label, log=False):
                 draw.ellipse((column - 3, row - 3, column + 3, row + 3), colour)
         draw.text((legend, 18), name, colour, font)
         legend += font.getlength(name) + 16
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_image(sheet, path)

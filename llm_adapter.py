@@ -327,7 +327,7 @@ def train_stage2_3(n, cfg, model, base, llm, dataset, folder, args):
     optimizers = uvit_fusion.make_optimizers(trained, cfg)
     ema = copy.deepcopy(model)
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
-                     base.precision, title=f"stage {n}")
+                     base.precision, title=f"stage {n}", dataset=dataset)
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
     seed = 10 * cfg.seed + n                        # the two stages draw different noise
     loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, seed)
@@ -413,11 +413,12 @@ def new_model(cfg, base, llm, captions, adapter_class):
     return model
 
 
-def load_pipeline(path, device, precision):
-    """The pipeline of a run folder, or of a .safetensors file in one."""
+def load_pipeline(path, device, precision, **changes):
+    """The pipeline of a run folder, or of a .safetensors file in one; changes: of the base's."""
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
     uvit_cfg = common.read_config(uvit_fusion.Config, folder, "uvit.json")
+    uvit_cfg = dataclasses.replace(uvit_cfg, **changes)
     llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
     if llm.identity != cfg.llm_identity:
         raise UserError(f"{folder}/ was trained with another language model than {cfg.llm} is now: "

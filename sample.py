@@ -26,8 +26,11 @@ METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")
 
 
 # ----------------------------------------------------------------------------------------- loading
-def load_run(path, device="auto", precision="auto"):
-    """The pipeline of a run folder, or of a .safetensors file in one, by its own method."""
+def load_run(path, device="auto", precision="auto", **changes):
+    """The pipeline of a run folder, or of a .safetensors file in one, by its own method.
+
+    changes: of the settings of its U-ViT, such as clip.
+    """
     folder, _ = common.run_files(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"there is no run in {folder}/ (no config.json): train one first, "
@@ -39,7 +42,7 @@ def load_run(path, device="auto", precision="auto"):
                         f"{', '.join(METHODS)}")
     device = common.pick_device(device)
     precision = common.pick_precision(precision, device)
-    return importlib.import_module(method).load_pipeline(path, device, precision)
+    return importlib.import_module(method).load_pipeline(path, device, precision, **changes)
 
 
 def load_published(args):
@@ -64,8 +67,10 @@ def add_run_flags(parser):
     parser.add_argument("--run", default="runs/uvit_fusion",
                         help="run folder, or a .safetensors file in one (default %(default)s)")
     parser.add_argument("--weights", help="published U-ViT weights instead of a run")
-    parser.add_argument("--autoencoder", help="with --weights: file or folder of the autoencoder")
-    parser.add_argument("--clip", help="with --weights: the text encoder, if not CLIP ViT-L/14")
+    parser.add_argument("--autoencoder",
+                        help="file or folder of the autoencoder (default: the run's)")
+    parser.add_argument("--clip", help="text encoder, a folder or a name on the hub (default: the "
+                                       "run's; with --weights CLIP ViT-L/14)")
     common.add_device_flags(parser)
 
 
@@ -73,9 +78,8 @@ def load_pipeline(args):
     """The pipeline that the flags of `add_run_flags` name."""
     if args.weights:
         return load_published(args)
-    if args.autoencoder or args.clip:
-        raise UserError("--autoencoder and --clip go with --weights: a run knows its own")
-    return load_run(args.run, args.device, args.precision)
+    changes = {name: getattr(args, name) for name in ("autoencoder", "clip") if getattr(args, name)}
+    return load_run(args.run, args.device, args.precision, **changes)
 
 
 def run_folder(args):
@@ -174,7 +178,7 @@ def main():
     print(f"{len(images)} images: {out}")
     if args.singles:
         for i, image in enumerate(images):
-            Image.fromarray(image).save(out.with_name(f"{out.stem}_{i:04d}.png"))
+            common.save_image(Image.fromarray(image), out.with_name(f"{out.stem}_{i:04d}.png"))
 
 
 if __name__ == "__main__":

@@ -684,8 +684,8 @@ def make_pipeline(cfg, text_encoder, tensors, name, precision):
     return Pipeline(model, text_encoder, cfg, device, precision, vae)
 
 
-def load_pipeline(path, device, precision):
-    """The pipeline of a run folder, or of a .safetensors file in one.
+def load_pipeline(path, device, precision, **changes):
+    """The pipeline of a run folder, or of a .safetensors file in one; changes: of its settings.
 
     A run of another method that holds a whole U-ViT has the U-ViT's settings in uvit.json.
     """
@@ -693,7 +693,7 @@ def load_pipeline(path, device, precision):
     if not weights.is_file():
         raise UserError(f"there is no {weights}: train it first: python uvit_fusion.py --train")
     name = "uvit.json" if (folder / "uvit.json").exists() else "config.json"
-    cfg = common.read_config(Config, folder, name)
+    cfg = dataclasses.replace(common.read_config(Config, folder, name), **changes)
     tensors = common.read_weights(weights, f"checkpoint {weights}")
     return make_pipeline(cfg, common.TextEncoder(cfg.clip, device), tensors, weights, precision)
 
@@ -799,7 +799,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
-                     title=cfg.fusion, rank=rank)
+                     title=cfg.fusion, rank=rank, dataset=dataset)
     network = torch.compile(model) if args.compile else model    # has the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)

@@ -1,6 +1,7 @@
 """What the methods share: images and captions are read, texts encoded, runs saved and resumed."""
 import argparse
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import make_coco
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
@@ -70,7 +72,7 @@ def test_every_image_comes_once_an_epoch_with_changing_captions(coco):
 
 def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(coco):
     dataset = CaptionedImages(coco, "train", 16)
-    whole = list(common.batches(dataset, 4, 0, 5, seed=1))
+    whole = list(common.batches(dataset, 4, 0, 5, seed=1, workers=0))
     for begin, workers in ((3, 0), (0, 2)):                      # resumed; read by processes
         again = common.batches(dataset, 4, begin, 5, seed=1, workers=workers)
         for (images, captions), (same, alike) in zip(whole[begin:], again, strict=True):
@@ -79,6 +81,39 @@ def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(coco):
     shares = [common.batches(dataset, 4, 0, 5, 1, rank=rank, world_size=2) for rank in (0, 1)]
     for (_, captions), (_, first), (_, second) in zip(whole, *shares):
         assert captions == first + second
+
+
+def test_batches_of_processes_need_no_shared_memory(coco, monkeypatch):
+    def use(*_):
+        raise AssertionError("a batch goes by shared memory")
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", use)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", use)
+    dataset = CaptionedImages(coco, "train", 16)
+    images = [images for images, _, _ in common.load_all(dataset, 5, "images", workers=2)]
+    expected = torch.stack([dataset.image(i) for i in range(12)])
+    assert torch.equal(torch.cat(images), expected)
+
+
+class Dying(CaptionedImages):
+    """A data set whose images cost the process that reads them its life, or are all broken."""
+    killed = True
+
+    def image(self, i):
+        if self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise common.BrokenImage(f"{i} is broken")
+
+
+def test_a_process_that_dies_or_finds_no_image_ends_the_run_with_one_line(coco, capsys):
+    for killed, words in ((True, "a process that reads images died"), (False, "twenty images")):
+        dataset = Dying(coco, "train", 16)
+        dataset.killed = killed
+        with pytest.raises(SystemExit) as end:
+            common.entry(lambda data=dataset: list(common.load_all(data, 4, "images", workers=1)))
+        lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+        assert end.value.code == 2 and len(lines) == 1 and f"error: {words}" in lines[0]
+    with pytest.raises(UserError, match="--workers -1: choose"):
+        list(common.load_all(dataset, 4, "images", workers=-1))
 
 
 def test_an_image_is_its_largest_centred_square(tmp_path):
@@ -540,16 +575,17 @@ def test_the_comment_behind_a_setting_is_the_help_of_its_flag(capsys, tmp_path):
 
 
 # ----------------------------------------------------------------------------------- a run folder
-def train(folder, cfg=None, resume=False, overwrite=False, precision="fp32", events=()):
+def train(folder, cfg=None, resume=False, overwrite=False, precision="fp32", events=(), data=None):
     """A training as every method has it, of one weight, to which each step adds its number.
 
-    events: {step: function(model) that is called in it}.
+    events: {step: function(model) that is called in it}; data: the folder of its data.
     """
     cfg = cfg or Config()
     model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
     model.weight.zero_()
     args = argparse.Namespace(resume=resume, overwrite=overwrite)
-    run = common.Run(folder, cfg, [model], model.state_dict(), args, precision, save_every=30)
+    run = common.Run(folder, cfg, [model], model.state_dict(), args, precision, save_every=30,
+                     dataset=data and CaptionedImages(data, "train", 8))
     for step in range(run.start + 1, cfg.steps + 1):
         model.weight += step
         if step in events:
@@ -608,6 +644,112 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
     assert torch.load(tmp_path / "run" / "state.pt")["step"] == 30
 
 
+@pytest.mark.parametrize("writer, error, whole", [
+    ("save_file", SafetensorError("I/O error: No space left on device (os error 28)"), 30),
+    ("torch.save", RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos"), 30),
+    ("plot", OSError(errno.ENOSPC, "No space left on device"), 60)])
+def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(
+        tmp_path, monkeypatch, writer, error, whole):
+    def fail(*_, **__):
+        raise error
+
+    def fill(model):
+        monkeypatch.setattr(f"common.{writer}", fail)
+    with pytest.raises(UserError, match=f"cannot be written: .*of step {whole} is whole"):
+        train(tmp_path / "run", Config(steps=60), events={45: fill})
+    monkeypatch.undo()
+    assert train(tmp_path / "run", Config(steps=60), resume=True) == 1830
+
+
+@dataclasses.dataclass
+class Constant:
+    """Settings of a training whose rate is constant if decay is 0."""
+    steps: int = 50
+    decay: float = 0.0
+    data: str = ""
+    init: str = ""
+
+
+def test_a_run_goes_on_with_more_steps_where_its_rate_is_constant(tmp_path):
+    train(tmp_path / "run", Constant(steps=40))
+    with pytest.raises(UserError, match="begun with steps = 40, now it is 30"):
+        train(tmp_path / "run", Constant(steps=30), resume=True)
+    assert train(tmp_path / "run", Constant(steps=50), resume=True) == 1275
+    assert common.read_config(Constant, tmp_path / "run").steps == 50
+    with pytest.raises(UserError, match="falls until the last step; .*--init .*model.safetensors"):
+        train(tmp_path / "run", Constant(steps=60, decay=1.0), resume=True)
+
+
+def test_a_run_goes_on_with_the_same_data_wherever_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(images_with_texts(tmp_path / "data").parent)
+    shutil.copytree("data", "moved")
+    shutil.copytree("data", "changed")
+    Path("changed/001.txt").write_text("another caption")
+    train("run", Constant(data="data"), data="data")
+    for path in ("./data", str(tmp_path / "data"), "moved"):
+        assert train("run", Constant(data=path), resume=True, data=path) == 1275
+    with pytest.raises(UserError, match="begun with data = moved, now it is changed"):
+        train("run", Constant(data="changed"), resume=True, data="changed")
+
+
+def test_what_a_run_needs_is_found_around_it(tmp_path, monkeypatch):
+    (tmp_path / "models" / "clip").mkdir(parents=True)
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    common.write_json(folder / "config.json", {"data": "models/clip"})
+    assert common.read_config(Constant, folder).data == str(tmp_path / "models" / "clip")
+    monkeypatch.chdir(tmp_path)                      # found as it is spelled
+    assert common.read_config(Constant, folder).data == "models/clip"
+    common.write_json(folder / "config.json", {"data": "openai/clip"})
+    assert common.read_config(Constant, folder).data == "openai/clip"
+
+
+def train_with_adam(folder, resume=False):
+    """Two steps of AdamW on one layer."""
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    args = argparse.Namespace(resume=resume, overwrite=False)
+    run = common.Run(folder, Config(steps=2), [model, optimizer], model.state_dict(), args, "fp32")
+    for step in range(run.start + 1, 3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        run.log(step, loss=1.0)
+    run.save(2)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: state.pop("parts"), lambda state: state.update(step=-1),
+    lambda state: state.update(step="all"), lambda state: state.update(parts=[{}]),
+    lambda state: state["parts"][0].update(weight=torch.zeros(2)),
+    lambda state: state["parts"][1].pop("state"),
+    lambda state: state["parts"][1]["state"][0].pop("exp_avg"),
+    lambda state: state["parts"][1]["state"][0].update(exp_avg=torch.zeros(7)),
+    lambda state: state["parts"][1].update(state={9: {"step": torch.zeros(2)}}), bytes])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
+    path = tmp_path / "run" / "state.pt"
+    train_with_adam(tmp_path / "run")
+    state = torch.load(path)
+    if damage is bytes:                              # one of them has changed
+        content = bytearray(path.read_bytes())
+        content[content.index(state["parts"][0]["weight"].numpy().tobytes())] ^= 1
+        path.write_bytes(content)
+    else:
+        damage(state)
+        torch.save(state, path)
+    with pytest.raises(UserError, match="state.pt: .*it is damaged: start anew with --overwrite"):
+        train_with_adam(tmp_path / "run", resume=True)
+
+
+def test_rows_of_metrics_that_were_cut_off_are_left_out(tmp_path):
+    path = tmp_path / "run" / "metrics.csv"
+    with pytest.raises(RuntimeError):
+        train(tmp_path / "run", events={45: power_cut})
+    path.write_text(path.read_text() + "20,1\n,,\n2\n\udcff\n", errors="surrogateescape")
+    assert train(tmp_path / "run", resume=True) == 1275
+    rows = path.read_text().split()
+    assert rows == ["step,loss,share", "20,77,0.5", "40,652,0.5", "50,1062,0.5"]
+
+
 def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--resume: there is no run in run/"):
@@ -620,7 +762,7 @@ def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="trained in fp32, now .* bf16"):
         train("run", resume=True, precision="bf16")
     torch.save({"precision": "fp32", "step": Code()}, "run/state.pt")
-    with pytest.raises(UserError, match="state.pt is damaged"):
+    with pytest.raises(UserError, match="state.pt: .*damaged"):
         train("run", resume=True)
     assert not os.path.exists("ran")
     assert train("run", overwrite=True) == 1275
