@@ -74,7 +74,7 @@ def system_failure(error):
     if "DataLoader worker" in text:
         return f"a process that reads images died ({text.splitlines()[0]}): try fewer --workers"
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if out_of_memory or "allocate memory" in text or "overflow" in text:
+    if out_of_memory or re.search("allocate memory|out of memory|overflow", text):
         return "there is too little memory: try a smaller --batch-size, or a smaller network"
     return ""
 
@@ -222,10 +222,9 @@ def find_files(root):
 
 def find_image(files, name, *folders):
     """The one of `files` that a data set calls `name`, seen from one of some folders, or None."""
-    for spelled in (name, name.replace("\\", "/")):
-        for folder in folders:
-            path = files.get(normal(folder / spelled))
-            if path:
+    for folder in folders:
+        for spelled in (name, name.replace("\\", "/")):         # Windows writes a\b.jpg
+            if path := files.get(normal(folder / spelled)):
                 return path
     return Path(name) if os.path.isabs(name) and os.path.isfile(name) else None
 
@@ -306,8 +305,8 @@ def read_folder(folder, files):
     for name, path in images.items():
         text = texts.get(os.path.splitext(name)[0])
         captions = read_text(text).splitlines() if text else []
-        data.add(path, captions, {"file_name": str(path.relative_to(folder))})
-    for stem in texts.keys() - {os.path.splitext(name)[0] for name in images}:
+        data.add(path, captions, {"file_name": path.relative_to(folder).as_posix()})
+    for stem in sorted(texts.keys() - {os.path.splitext(name)[0] for name in images}):
         data.leave_out(".txt beside no image", texts[stem].name)
     return data
 
@@ -354,7 +353,7 @@ def read_items(root, split):
     has_splits = (root / "train").is_dir() and bool(val)
     folder = root
     if has_splits:
-        folder = root / "train" if split == "train" else val[0]
+        folder = val[0] if split == "val" else root / "train"
     files = find_files(folder)
     lists = [path for path in files.values() if path.name == "metadata.jsonl"]
     data = read_metadata(lists, files) if lists else read_folder(folder, files)
@@ -1020,6 +1019,8 @@ def load_part(part, saved):
 def read_metrics(path):
     """(names, rows) of a metrics.csv, in cells; a row that was cut off is left out."""
     heading, *lines = path.read_text(errors="replace").split("\n")
+    if not re.fullmatch(r"step(,\w+)*", heading, re.ASCII):
+        raise UserError(f"{path} has lost its heading: delete it")
     names = heading.split(",")
     rows = []
     for line in lines:

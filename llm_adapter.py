@@ -269,7 +269,8 @@ def best_items(cfg, items):
         scores = common.read_json(cfg.quality)            # {file name: score}
     else:
         scores = {path.name: annotation.get(cfg.quality) for path, _, annotation in items}
-    missing = [path.name for path, _, _ in items if scores.get(path.name) is None]
+    missing = [path.name for path, _, _ in items
+               if not isinstance(scores.get(path.name), (int, float))]
     if missing:
         raise UserError(f"--quality {cfg.quality}: {len(missing)} of {len(items)} images of the "
                         f"split {cfg.quality_split} have no score (first: {missing[0]})")

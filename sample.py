@@ -122,10 +122,10 @@ def read_prompts(args):
     prompts = [prompt for prompt in args.prompts if prompt != "-"]
     if args.file:
         prompts += common.read_text(args.file).splitlines()
-    if "-" in args.prompts:
-        with common.reading("standard input", "send UTF-8"):
+    with common.reading("the prompts", "write them in UTF-8"):
+        if "-" in args.prompts:
             prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
-    return [prompt.strip() for prompt in prompts if prompt.strip()]
+        return [common.one_line(prompt) for prompt in prompts if prompt.strip()]
 
 
 def add_flags(parser):

@@ -730,8 +730,9 @@ def make_optimizers(model, cfg, muon_names=("block",)):
             matrices.append(parameter)
         else:
             rest.append(parameter)
-    optimizers = [torch.optim.AdamW(
-        rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
+    with common.reading(f"--betas {cfg.betas}", "choose two numbers from 0 to below 1"):
+        optimizers = [torch.optim.AdamW(
+            rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(
             matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))

@@ -1,6 +1,7 @@
 """The autoencoder is Stable Diffusion's, from whichever file; latents are computed once."""
 import copy
 import dataclasses
+import json
 import os
 import shutil
 
@@ -273,6 +274,26 @@ def test_a_damaged_file_a_full_disk_and_a_wrong_size_are_refused(coco, tiny, mon
     latents_file(coco).write_bytes(latents_file(coco).read_bytes()[:-100])
     with pytest.raises(common.UserError, match="damaged"):
         latents(coco, tiny)
+
+
+def test_names_may_be_absolute_and_a_link_to_nothing_is_a_broken_image(tmp_path, tiny):
+    root = tmp_path / "data"
+    root.mkdir()
+    lines = []
+    for i in range(120):
+        path = tmp_path / f"{i}.png"                       # outside of the data's folder
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        lines.append(json.dumps({"file_name": str(path), "text": f"picture {i}"}))
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    assert torch.isfinite(latents(root, tiny, size=8).image(3)).all()
+    for i in range(120):
+        (root / f"{i}.png").symlink_to(tmp_path / ("gone" if i == 7 else f"{i}.png"))
+        (root / f"{i}.txt").write_text("a caption")
+    (root / "metadata.jsonl").unlink()
+    shutil.rmtree(tmp_path / "latents")
+    dataset = latents(root, tiny, size=8)
+    assert [path.name for path, _, _ in dataset.items].index("7.png") in dataset.broken
+    assert len(dataset.broken) == 1
 
 
 def test_a_broken_image_is_left_out_and_more_than_one_per_cent_are_refused(tmp_path, tiny):
