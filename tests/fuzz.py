@@ -285,6 +285,9 @@ TEXTS = ["", "x", "nowhere", "/dev/null", ".", "data", "a.png", "\udcff", "\u00e
          "groups.jsonl", "meta"]
 
 
+MANY = ["steps", "samples", "per_prompt", "rounds"]      # whoever asks for many of them shall wait
+
+
 def base_commands(folder, clip):
     """{script: its flags for the least work}; the folder gets what they need."""
     device = ["--device", "cpu", "--precision", "fp32"]
@@ -337,8 +340,8 @@ def odd_flag(action, rng):
         return [rng.choice(action.option_strings)]
     count = action.nargs if isinstance(action.nargs, int) else 1
     values = NUMBERS if action.type is not None and action.type is not str else TEXTS
-    if "steps" in action.dest:                       # whoever asks for many shall wait
-        values = NUMBERS[:7]
+    if any(word in action.dest for word in MANY):
+        values = NUMBERS[:8]
     values = [*values, *map(str, action.choices or ())]
     return [action.option_strings[0], *(rng.choice(values) for _ in range(count))]
 
