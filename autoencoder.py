@@ -32,8 +32,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import common
 from common import UserError
@@ -224,16 +222,14 @@ def load(path, device="cpu"):
         if not file.exists():
             file = file.with_suffix(".bin")
     tensors = convert_keys(common.read_weights(file, flag, f"; {EXPECTED}"))
-    dims = [len(tensors[name]) for name in sorted(tensors)
-            if name.startswith("encoder.down.") and name.endswith(".block.0.conv1.weight")]
-    blocks = sum(name.startswith("encoder.down.0.") and name.endswith(".conv1.weight")
-                 for name in tensors)
-    try:
+    with common.reading(flag, f"its tensors are those of another model; {EXPECTED}"):
+        dims = [len(tensors[name]) for name in sorted(tensors)
+                if name.startswith("encoder.down.") and name.endswith(".block.0.conv1.weight")]
+        blocks = sum(name.startswith("encoder.down.0.") and name.endswith(".conv1.weight")
+                     for name in tensors)
         with torch.device("meta"):                       # no memory yet, and no random numbers
             model = Autoencoder(dims, blocks, len(tensors["post_quant_conv.weight"]))
         model.to_empty(device="cpu").load_state_dict(tensors)
-    except (LookupError, ValueError, RuntimeError):      # a tensor is missing or does not fit
-        raise UserError(f"{flag} holds the tensors of another model; {EXPECTED}") from None
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -268,7 +264,7 @@ class Latents(common.CaptionedImages):
         path = folder / "latents.npy"
         note = folder / "latents.json"
         # names and sizes of the files: data that were moved are still the same data
-        files = "\n".join(f"{image.relative_to(root)} {image.stat().st_size}"
+        files = "\n".join(f"{os.path.relpath(image, root)} {size_of(image)}"
                           for image, _, _ in self.items)
         made_from = {
             "split": split, "size": size, "files": hashlib.sha256(files.encode()).hexdigest(),
@@ -279,25 +275,31 @@ class Latents(common.CaptionedImages):
             broken = encode_images(pixels, vae, device, path)
             common.write_json(note, made_from | {"broken": broken})
         found = common.read_json(note)
+        shape = (len(self.items), 2, vae.channels, size // vae.factor, size // vae.factor)
         if other := [name for name in made_from if found.get(name) != made_from[name]]:
             raise UserError(f"{folder}/ holds latents of something else (another {other[0]}): "
                             "delete it")
-        try:
+        with common.reading(path, f"it is missing or damaged: delete {folder}/"):
             self.rows = np.load(path, mmap_mode="r")     # (N, 2, C, s, s), of the whole split
-        except (OSError, ValueError):
-            raise UserError(f"{path} is missing or damaged: delete {folder}/") from None
+            if self.rows.shape != shape or self.rows.dtype != np.float16:
+                raise ValueError(f"it holds {self.rows.shape}, not {shape}")
+            self.broken = set(found["broken"])
         self.row_of = {image: row for row, (image, _, _) in enumerate(self.items)}
-        self.broken = set(found["broken"])
         if items is not None:
             self.items = items
 
     def image(self, i):
-        """(2, C, s, s) float16; raises OSError for an image that could not be read"""
+        """(2, C, s, s) float16; raises BrokenImage for an image that could not be read"""
         path = self.items[i][0]
         row = self.row_of[path]
         if row in self.broken:
-            raise OSError(f"{path} could not be read")
+            raise common.BrokenImage(f"{path} could not be read")
         return torch.from_numpy(self.rows[row].copy())   # a copy, since the map is read-only
+
+
+def size_of(path):
+    """In bytes; 0 for a link to nothing, which will be a broken image."""
+    return path.stat().st_size if path.exists() else 0
 
 
 @torch.no_grad()
@@ -313,18 +315,15 @@ def encode_images(pixels, vae, device, path, batch_size=16):
     # on a full disk, writing to a memory map kills the process
     if shutil.disk_usage(path.parent).free < needed:
         raise UserError(f"{path} will take {needed / 1e9:.1f} GB, more than the disk has left")
-    workers = 0 if pixels.in_memory else min(8, os.cpu_count() or 1)
-    order = [(i, i) for i in range(len(pixels))]         # (index, seed), see CaptionedImages
-    loader = DataLoader(pixels, batch_size, sampler=order, num_workers=workers)
     broken = []
     with common.atomic_write(path) as temporary:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-        progress = tqdm(loader, desc=f"encoding into {path.parent}/")
-        for n, (images, _, broken_paths) in enumerate(progress):
+        batches = common.load_all(pixels, batch_size, f"encoding into {path.parent}/")
+        for n, (images, _, reasons) in enumerate(batches):
             first = n * batch_size
             moments = torch.stack(vae.encode(common.to_float(images.to(device))), dim=1)
             rows[first:first + len(images)] = moments.half().cpu().numpy()
-            broken += [first + i for i, name in enumerate(broken_paths) if name]
+            broken += [first + i for i, reason in enumerate(reasons) if reason]
             if len(broken) > 0.01 * len(pixels):
                 raise UserError(f"more than 1 % of the images cannot be read (one is "
                                 f"{pixels.items[broken[0]][0]}): mend or remove them")

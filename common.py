@@ -9,6 +9,7 @@ Nothing here belongs to one method. A user's slip raises `UserError`; `entry` pr
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 import typing
+import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
@@ -35,7 +37,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import constants as hub
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -45,31 +48,148 @@ class UserError(Exception):
     """Something the user can put right: one line that says what is wrong and what to do."""
 
 
+class BrokenImage(UserError):
+    """An image that is missing, cut off, or not one at all."""
+
+
 def entry(main):
     """Runs a script's main(); a `UserError` ends it with one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):              # a pipe or Windows may lack some letters:
+            stream.reconfigure(errors="replace")        # they are printed as "?"
     try:
+        with reading("the command line", "type it in UTF-8"):
+            " ".join(sys.argv).encode()
         return main()
     except KeyboardInterrupt:
         sys.exit(130)                                   # as shells report Ctrl-C
-    except torch.OutOfMemoryError:
-        reason = "the GPU has too little memory: try a smaller --batch-size"
     except (UserError, OSError) as error:
-        reason = error
-    print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        reason = str(error).split("UserError: ")[-1].strip()     # after a worker's traceback
+    except (MemoryError, RuntimeError) as error:
+        reason = system_failure(error)
+        if not reason:
+            raise
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {reason}", sys.stderr)      # below a bar
     sys.exit(2)
 
 
+def system_failure(error):
+    """What to do about an error that is not of the program's making; "" for any other error."""
+    text = str(error)
+    if "DataLoader worker" in text:
+        return f"a process that reads images died ({text.splitlines()[0]}): try fewer --workers"
+    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if out_of_memory or re.search("allocate memory|out of memory|overflow", text):
+        return "there is too little memory: try a smaller --batch-size, or a smaller network"
+    return ""
+
+
+def say_why(error):
+    """An exception in a few words."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+@contextlib.contextmanager
+def reading(name, hint):
+    """Around the reading of a user's file: whatever it raises becomes one line.
+
+    Damaged content can raise nearly anything, also after it has been parsed: so what is read is
+    put into its final shape within the block. The line: `name`, the reason, and `hint`, what to do.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name}: {say_why(error)}: {hint}") from None
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without the byte order mark that some editors put first."""
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not in UTF-8 ({content[error.start:][:4]}): "
+                        "save it as UTF-8") from None
+
+
+def read_json(path):
+    """The JSON object of a file."""
+    with reading(path, "it must hold one JSON object: copy it again"):
+        content = json.loads(read_text(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"it begins with {str(content)[:20]!r}")
+    return content
+
+
+def read_json_lines(path, name, fields):
+    """The JSON objects of a file, one a line, with strings in `fields`; messages call it `name`."""
+    with reading(name, "it cannot be read"):
+        lines = read_text(path).split("\n")             # JSON strings may hold other line breaks
+    expected = ", ".join(f'"{field}": ...' for field in fields)
+    objects = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        with reading(f"{name}, line {n}: expected {{{expected}}}, found {line[:60]!r}", "mend it"):
+            content = json.loads(line)
+            if not all(isinstance(content[field], str) for field in fields):
+                raise TypeError("not a string")
+        objects.append(content)
+    return objects
+
+
+@functools.cache
+def say_once(text):
+    print(text)
+
+
 # ------------------------------------------------------------------------------ captioned images
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-# what Pillow raises for a file that is missing, cut off or no image
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# what undoes an EXIF Orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}
+
+
+def as_seen(image):
+    """An open image as viewers show it, in 8-bit RGB: turned, and on white where it is clear."""
+    image.load()
+    # the value alone: ImageOps.exif_transpose also rewrites the EXIF, which fails if it is damaged
+    turn = TURNS.get(image.getexif().get(0x0112))
+    if image.mode == "F":
+        raise ValueError("floating point (HDR): convert it to 8 bits")
+    if image.mode.startswith("I"):                      # grey of 16 bits
+        grey = np.array(image, np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32 bits a pixel: convert it to 8")
+        grey[grey == image.info.get("transparency", -1)] = 65535
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        worker = torch.utils.data.get_worker_info()
+        if worker is None or worker.id == 0:
+            say_once("\nimages with transparency are put on a white ground")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    image = image.convert("RGB")
+    return image.transpose(turn) if turn is not None else image
 
 
 def load_image(path, size):
-    """Reads an image as (size, size, 3) uint8: its largest centred square. Raises BROKEN_IMAGE."""
-    with Image.open(path) as image:
-        image.draft("RGB", (size, size))                # a JPEG is decoded at 1/2, 1/4 or 1/8
-        image = ImageOps.exif_transpose(image).convert("RGB")
+    """Reads an image as (size, size, 3) uint8: its largest centred square. Raises BrokenImage."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (size, size))            # a JPEG is decoded at 1/2, 1/4 or 1/8
+            image = as_seen(image)
+    except Exception as error:                          # decoders raise nearly anything
+        raise BrokenImage(f"{path} cannot be read as an image ({say_why(error)})") from None
     side = min(image.size)
     left = (image.width - side) // 2
     top = (image.height - side) // 2
@@ -79,97 +199,172 @@ def load_image(path, size):
     return np.array(image)
 
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): copy it again") from None
+def normal(path):
+    """A path as text that does not depend on the spelling: absolute, and of composed letters."""
+    return unicodedata.normalize("NFC", os.path.abspath(path))
 
 
-def read_json_lines(path, name, fields):
-    """The JSON objects of a file, one a line, with strings in `fields`; messages call it `name`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8").rstrip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{name} cannot be read ({error})") from None
-    objects = []
-    for n, line in enumerate(text.split("\n"), 1):      # JSON strings may hold other line breaks
-        try:
-            content = json.loads(line)
-            valid = all(isinstance(content[field], str) for field in fields)
-        except (ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
-            expected = ", ".join(f'"{field}": ...' for field in fields)
-            raise UserError(f"{name}, line {n}: expected {{{expected}}}, found {line[:60]!r}")
-        objects.append(content)
-    return objects
+def find_files(root):
+    """{`normal` path: path} of the files below a folder, in order; linked folders are followed.
+
+    Hidden ones are skipped, such as .thumbnails/, ._a.jpg, and @eaDir/ and __MACOSX/ of archives.
+    """
+    files = {}
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:                                # links can lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "@", "__MACOSX")))
+        for name in sorted(names):
+            if not name.startswith("."):
+                path = Path(folder, name)
+                files[normal(path)] = path
+    return files
+
+
+def find_image(files, name, *folders):
+    """The one of `files` that a data set calls `name`, seen from one of some folders, or None."""
+    for folder in folders:
+        for spelled in (name, name.replace("\\", "/")):         # Windows writes a\b.jpg
+            if path := files.get(normal(folder / spelled)):
+                return path
+    return Path(name) if os.path.isabs(name) and os.path.isfile(name) else None
+
+
+def one_line(text):
+    """A caption without line breaks; raises ValueError for halves of letters, as in "\\ud800"."""
+    text.encode()
+    return " ".join(text.split())
+
+
+class Captions:
+    """The items of a data set, [(path, [captions], annotation), ...], and what is left out of it.
+
+    annotation: a dict with "file_name"; left_out: {reason: [names]}.
+    """
+    def __init__(self):
+        self.items = []
+        self.left_out = {}
+
+    def add(self, path, captions, annotation):
+        captions = [caption for caption in map(one_line, captions) if caption]
+        name = annotation["file_name"]
+        if path is None:
+            self.leave_out("not in their folder", name)
+        elif not captions:
+            self.leave_out("without a caption", name)
+        else:
+            self.items.append((path, captions, annotation))
+
+    def leave_out(self, reason, name):
+        self.left_out.setdefault(reason, []).append(name)
+
+    def describe(self):
+        parts = [f"{len(names):,} {reason} ({names[0]})" for reason, names in self.left_out.items()]
+        return "; left out: " + ", ".join(parts) if parts else ""
 
 
 def read_coco(root, split):
-    """One split of COCO captions: a list of (image path, [captions], the image's annotation)."""
+    """One split of COCO captions, as `Captions`."""
     found = sorted((root / "annotations").glob(f"captions_{split}20??.json"))
     if not found:
         raise UserError(f"no captions_{split}2017.json or captions_{split}2014.json is in "
                         f"{root}/annotations/")
-    annotations = found[-1]                             # 2017 goes before 2014
-    folder = root / annotations.stem.removeprefix("captions_")
+    folders = {path: root / path.stem.removeprefix("captions_") for path in found}
+    with_images = [path for path in found if folders[path].is_dir()]
+    annotations = (with_images or found)[-1]            # 2017 goes before 2014
+    folder = folders[annotations]
     content = read_json(annotations)
-    captions = {}
-    try:
+    files = find_files(folder)
+    data = Captions()
+    with reading(annotations, "it must be a captions_*.json of COCO, not instances_*.json"):
+        captions = {}
         for annotation in content["annotations"]:
-            text = " ".join(annotation["caption"].split())       # some have line breaks,
-            if text:                                             # and some are blank
-                captions.setdefault(annotation["image_id"], []).append(text)
-        items = [(folder / image["file_name"], captions[image["id"]], image)
-                 for image in content["images"] if image["id"] in captions]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{annotations} has no {error}: it must be a captions_*.json of COCO, "
-                        "not instances_*.json") from None
-    present = set(folder.glob("*"))
-    missing = [path for path, _, _ in items if path not in present]
-    if len(missing) > 0.01 * len(items):
-        raise UserError(f"{len(missing):,} of {len(items):,} images of {annotations} are not in "
-                        f"{folder}/ (first: {missing[0].name}): unpack {folder.name}.zip there")
-    if missing:
-        print(f"warning: {len(missing)} images of {annotations.name} are not in {folder}/ "
-              f"and are left out (first: {missing[0].name})")
-    return [item for item in items if item[0] in present]
+            own = captions.setdefault(str(annotation["image_id"]), [])
+            own.append(annotation["caption"] or "")     # some are null
+        for image in content["images"]:
+            path = find_image(files, image["file_name"], folder, root)
+            data.add(path, captions.get(str(image["id"]), []), image)
+    if not data.items and "not in their folder" in data.left_out:
+        raise UserError(f"the images of {annotations} are not in {folder}/{data.describe()}: "
+                        f"unpack {folder.name}.zip there")
+    return data
 
 
-def read_folder(root, split):
-    """Images with a .txt file beside each, one caption a line."""
-    images = [path for path in sorted(root.rglob("*"))
-              if path.suffix.lower() in IMAGE_SUFFIXES and path.with_suffix(".txt").exists()]
-    items = []
-    for path in train_val_split(images, split):
-        text = path.with_suffix(".txt").read_text(encoding="utf-8", errors="replace")
-        captions = [line.strip() for line in text.splitlines() if line.strip()]
-        if captions:
-            items.append((path, captions, {"file_name": path.name}))
-    return items
+def read_folder(folder, files):
+    """Images with a .txt file beside each, one caption a line, as `Captions`."""
+    data = Captions()
+    texts = {}
+    images = {}
+    for name, path in files.items():
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in IMAGE_SUFFIXES:
+            images[name] = path
+        elif suffix.lower() == ".txt":
+            texts[stem] = path
+        else:
+            data.leave_out(suffix or "of no ending", path.name)
+    for name, path in images.items():
+        text = texts.get(os.path.splitext(name)[0])
+        captions = read_text(text).splitlines() if text else []
+        data.add(path, captions, {"file_name": path.relative_to(folder).as_posix()})
+    for stem in sorted(texts.keys() - {os.path.splitext(name)[0] for name in images}):
+        data.leave_out(".txt beside no image", texts[stem].name)
+    return data
 
 
-def read_metadata(root, split):
-    """Images named in metadata.jsonl, {"file_name": ..., "text": ...} a line (Hugging Face)."""
-    lines = read_json_lines(root / "metadata.jsonl", root / "metadata.jsonl", ("file_name", "text"))
-    return [(root / line["file_name"], [" ".join(line["text"].split())], line)
-            for line in train_val_split(lines, split)]
+def read_metadata(lists, files):
+    """Images named in metadata.jsonl, {"file_name": ..., "text": ...} a line (Hugging Face).
+
+    lists: the paths of such files. "caption" may stand for "text", and a list for one caption.
+    """
+    data = Captions()
+    for path in lists:
+        for line in read_json_lines(path, path, ("file_name",)):
+            name = line["file_name"]
+            with reading(f"{path}, {name}", 'expected "text": a caption, or a list of captions'):
+                text = line["text"] if "text" in line else line["caption"]
+                captions = text if isinstance(text, list) else [text]
+                captions = [caption or "" for caption in captions]          # some are null
+                data.add(find_image(files, name, path.parent), captions, line)
+    return data
 
 
 def train_val_split(items, split):
-    """Of data without splits: every twentieth item for "val", the others for "train"."""
-    return [item for i, item in enumerate(items) if (i % 20 == 0) == (split == "val")]
+    """Of data without splits: about one item of twenty for "val", the others for "train".
+
+    A hash of the file's name decides, so a new file moves no other. If it chooses none for "val",
+    the one with the lowest hash is taken.
+    """
+    numbers = []
+    for _, _, annotation in items:
+        name = unicodedata.normalize("NFC", annotation["file_name"])
+        digest = hashlib.sha256(os.fsencode(name)).digest()
+        numbers.append(int.from_bytes(digest[:4], "big") / 2**32)
+    limit = max(0.05, min(numbers, default=0))
+    return [item for item, number in zip(items, numbers) if (number <= limit) == (split == "val")]
 
 
 def read_items(root, split):
+    """One split of a folder in any of the layouts, as `Captions`."""
     if not root.is_dir():
         raise UserError(f"--data {root}: there is no such folder")
     if (root / "annotations").is_dir():
         return read_coco(root, split)
-    if (root / "metadata.jsonl").exists():
-        return read_metadata(root, split)
-    return read_folder(root, split)
+    val = [root / name for name in ("validation", "valid", "val", "test") if (root / name).is_dir()]
+    has_splits = (root / "train").is_dir() and bool(val)
+    folder = root
+    if has_splits:
+        folder = val[0] if split == "val" else root / "train"
+    files = find_files(folder)
+    lists = [path for path in files.values() if path.name == "metadata.jsonl"]
+    data = read_metadata(lists, files) if lists else read_folder(folder, files)
+    if not has_splits:
+        data.items = train_val_split(data.items, split)
+    return data
 
 
 class CaptionedImages(torch.utils.data.Dataset):
@@ -178,14 +373,19 @@ class CaptionedImages(torch.utils.data.Dataset):
     split: "train" or "val"; size: side of the square images in pixels; items: a list like
     `self.items` in place of what the folder holds, such as a part of it.
     `self[i, seed]` -> (image uint8 (3, S, S), one of its captions, ""). The same (i, seed) always
-    gives the same. A broken image is replaced by another one, and its path stands in place of "".
+    gives the same. A broken image is replaced by another one, and in place of "" stands why.
     """
     def __init__(self, root, split, size, items=None):
         if items is None:
-            items = read_items(Path(root), split)
-        if not items:
-            raise UserError(f"--data {root}: no image with a caption for the {split} split; "
-                            "expected MS-COCO with annotations/, .txt files, or a metadata.jsonl")
+            data = read_items(Path(root), split)
+            items = data.items
+            if not items:
+                raise UserError(
+                    f"--data {root}: no image with a caption for the {split} split"
+                    f"{data.describe()}; expected MS-COCO with annotations/, or a.txt beside a.jpg "
+                    "(not a.jpg.txt or a.caption), or metadata.jsonl (not .csv) with lines "
+                    '{"file_name": "a.jpg", "text": ...}')
+            say_once(f"{root}: {len(items):,} images for {split}{data.describe()}")
         self.items = items                              # [(path, [captions], annotation), ...]
         self.size = size
         # small images are decoded once and kept; larger sets are read by worker processes
@@ -195,8 +395,13 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.items)
 
+    def identity(self):
+        """A hash of names and captions: data that were moved are the same data."""
+        content = [(path.name, captions) for path, captions, _ in self.items]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
     def image(self, i):
-        """uint8 (3, S, S); raises BROKEN_IMAGE."""
+        """uint8 (3, S, S); raises BrokenImage."""
         if i in self.cache:
             return self.cache[i]
         image = torch.from_numpy(load_image(self.items[i][0], self.size)).permute(2, 0, 1)
@@ -211,10 +416,10 @@ class CaptionedImages(torch.utils.data.Dataset):
         for _ in range(20):
             try:
                 return self.image(i), rng.choice(self.items[i][1]), broken
-            except BROKEN_IMAGE:
-                broken = str(self.items[i][0])
+            except BrokenImage as error:
+                broken = str(error)
                 i = rng.randrange(len(self))
-        raise UserError(f"twenty images in a row could not be read, the last one is {broken}")
+        raise UserError(f"twenty images in a row could not be read; of the last one: {broken}")
 
 
 class ResumableBatchSampler:
@@ -250,29 +455,45 @@ class ResumableBatchSampler:
 def collate(items):
     """Leaves captions as they are, which may be pairs; the default would sort them into columns."""
     images, captions, broken = zip(*items)
-    return torch.stack(images), list(captions), [path for path in broken if path]
+    return torch.stack(images).numpy(), list(captions), list(broken)
 
 
-def batches(dataset, batch_size, start, stop, seed, workers=None, rank=0, world_size=1):
-    """Yields (images uint8 (B, 3, S, S), B captions) for the steps start + 1 to stop.
+def load_batches(dataset, lists, workers=None, world_size=1):
+    """(images, captions, what is broken) for each of some lists of (index, seed).
 
-    workers: processes that read images; by default none for small images, else up to 8.
+    workers: processes that read images; by default none for small images, else up to 8. They send
+    arrays through pipes: tensors would go by /dev/shm, which is too small in many containers.
     """
     if workers is None:
         cores = (os.cpu_count() or 1) // world_size
         workers = 0 if dataset.in_memory else min(8, max(1, cores))
-    sampler = ResumableBatchSampler(len(dataset), batch_size, start, stop, seed, rank, world_size)
+    if not 0 <= workers <= 256:
+        raise UserError(f"--workers {workers}: choose 0 to 256")
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers,
-        pin_memory=torch.cuda.is_available())
+        dataset, batch_sampler=lists, collate_fn=collate, num_workers=workers)
+    for images, captions, broken in loader:
+        yield torch.from_numpy(images), captions, broken
+
+
+def load_all(dataset, batch_size, title, workers=None):
+    """`load_batches` of all images in order, with a progress bar."""
+    order = [(i, i) for i in range(len(dataset))]
+    lists = [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
+    return tqdm(load_batches(dataset, lists, workers), title, len(lists))
+
+
+def batches(dataset, batch_size, start, stop, seed, workers=None, rank=0, world_size=1):
+    """Yields (images uint8 (B, 3, S, S), B captions) for the steps start + 1 to stop."""
+    sampler = ResumableBatchSampler(len(dataset), batch_size, start, stop, seed, rank, world_size)
     broken = set()
-    for images, captions, paths in loader:
-        if paths and not broken:
-            print(f"\nwarning: {paths[0]} cannot be read; another image takes its place")
-        broken.update(paths)
+    for images, captions, reasons in load_batches(dataset, sampler, workers, world_size):
+        reasons = set(filter(None, reasons))
+        if reasons and not broken:
+            print(f"\nwarning: {min(reasons)}; another image takes its place")
+        broken |= reasons
         if len(broken) > 0.01 * len(dataset):
             raise UserError(f"{len(broken)} of {len(dataset):,} images cannot be read, more than "
-                            f"1 % (one is {min(broken)}): mend or remove them")
+                            f"1 % (one: {min(broken)}): mend or remove them")
         yield images, captions
     if broken:
         print(f"{len(broken)} images could not be read and were replaced")
@@ -285,6 +506,9 @@ def to_float(images):
 
 def to_uint8(x):
     """float [-1, 1] (B, 3, H, W) -> numpy uint8 (B, H, W, 3)."""
+    if not x.isfinite().all():                          # they would be drawn black
+        raise UserError("the network gives nan, no images: its weights are damaged, or too large "
+                        "for this precision: try --precision fp32")
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -655,15 +879,13 @@ def merge_lora(model):
 # ---------------------------------------------------------------------------- device and precision
 def pick_device(name="auto"):
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = accelerator.type if accelerator else "cpu"
-    try:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else name
+    with reading(f"--device {name}", "it cannot be used here: try --device cpu"):
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError("choose cpu, cuda or mps")
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}): "
-                        "try --device cpu") from None
-    return torch.device(name)
+        return torch.device(name)
 
 
 def synchronize(device):
@@ -731,12 +953,16 @@ def read_weights(path, name, hint=""):
         raise UserError(f"{name}: there is no file {path}{hint}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        mmap = zipfile.is_zipfile(path)                 # read what is used alone; old files cannot
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        for inner in ("state_dict", "model"):           # checkpoints keep them one level down
-            content = content.get(inner, content)
-        return {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+            content = load_file(path)
+        else:
+            mmap = zipfile.is_zipfile(path)             # read what is used alone; old files cannot
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            for inner in ("ema", "state_dict", "model"):         # checkpoints keep them lower down
+                if isinstance(content.get(inner), dict):
+                    content = content[inner]
+        # what DistributedDataParallel and torch.compile put before the names
+        return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor
+                for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:                          # a damaged file can raise anything
         if "GLOBAL" in str(error):                      # the instruction that loads code
             raise UserError(f"{name} holds code beside its tensors, which is not run: "
@@ -752,12 +978,36 @@ def load_into(model, tensors, path):
     for name in sorted(expected | found):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{path} is of another configuration ({name}: {found.get(name, 'nothing')} in the "
-                f"file, {expected.get(name, 'nothing')} here): use its own config.json")
+                f"{path} holds a network of other settings than these ({name}: "
+                f"{found.get(name, 'nothing')} in the file, {expected.get(name, 'nothing')} here)")
     model.load_state_dict(tensors)
 
 
 # ---------------------------------------------------------------------------------------- settings
+def whole(text, lowest=-2**31):
+    """The type of a flag that takes a whole number, of 32 bits."""
+    if not re.fullmatch(r"-?\d{1,10}", text) or not lowest <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is no whole number of 32 bits above "
+                                         f"{lowest - 1}")
+    return int(text)
+
+
+def positive(text):
+    """The type of a flag that takes a whole number above 0."""
+    return whole(text, lowest=1)
+
+
+def finite(text):
+    """The type of a flag that takes a number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is no number")
+    return number
+
+
+NUMBERS = {int: whole, float: finite}
+
+
 def add_config_flags(parser, config_class, presets):
     """--preset, and a flag for each field with a comment behind it, which is the help text."""
     group = parser.add_argument_group("settings")
@@ -769,11 +1019,11 @@ def add_config_flags(parser, config_class, presets):
     for field in dataclasses.fields(config_class):
         if field.name not in comments:
             continue
-        options = {"type": field.type}
+        options = {"type": NUMBERS.get(field.type, field.type)}
         if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif field.type is tuple:
-            options = {"type": type(field.default[0]), "nargs": len(field.default)}
+            options = {"type": NUMBERS[type(field.default[0])], "nargs": len(field.default)}
         elif typing.get_args(field.type):                        # Literal["a", "b"]
             options = {"choices": typing.get_args(field.type)}
         text = f"{comments[field.name]} (toy: {field.default})".replace("%", "%%")
@@ -782,10 +1032,29 @@ def add_config_flags(parser, config_class, presets):
                            help=text, **options)
 
 
-def lists_to_tuples(values):
-    """JSON and argparse give lists where a configuration has tuples."""
-    return {name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()}
+def check_value(kind, default, value):
+    """A value of JSON or of a flag, as a field of this type has it; raises if it does not fit."""
+    if kind is tuple:
+        return tuple(check_value(type(default[0]), default[0], number) for number in value)
+    if kind in NUMBERS and not isinstance(value, bool):
+        number = NUMBERS[kind](str(value))
+        if number < 0 < default:
+            raise ValueError(f"{number} is below 0")
+        return number
+    choices = typing.get_args(kind)
+    if value not in choices if choices else type(value) is not kind:
+        raise ValueError(f"{value!r} does not fit")
+    return value
+
+
+def build_config(config_class, values, source="--"):
+    """The settings of {name: value}, from JSON or from flags; source: before names in messages."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    checked = {}
+    for name, value in values.items():
+        with reading(f"{source}{name}", "there is no such setting, or not with this value"):
+            checked[name] = check_value(fields[name].type, fields[name].default, value)
+    return config_class(**checked)
 
 
 def make_config(config_class, presets, args):
@@ -794,24 +1063,27 @@ def make_config(config_class, presets, args):
     preset = args.preset or ("pictures" if own_data and "pictures" in presets else "toy")
     names = {field.name for field in dataclasses.fields(config_class)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return config_class(**lists_to_tuples(presets[preset] | given))
+    return build_config(config_class, presets[preset] | given)
+
+
+def relocate(path, folder):
+    """A path that a run's config names; where there is none, as seen from around the run."""
+    if not os.path.exists(path):
+        for parent in Path(folder).resolve().parents:
+            if (parent / path).exists():
+                return str(parent / path)
+    return path
 
 
 def read_config(config_class, folder, name="config.json"):
     """The settings of a run folder."""
-    content = read_json(Path(folder) / name)
-    unknown = set(content) - {field.name for field in dataclasses.fields(config_class)}
-    if unknown:
-        raise UserError(f"{folder}/{name} is no configuration of this method "
-                        f"(unknown: {', '.join(sorted(unknown))})")
-    return config_class(**lists_to_tuples(content))
-
-
-def positive(text):
-    """The type of a flag that takes a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return int(text)
+    path = Path(folder) / name
+    content = read_json(path)
+    with reading(path, "these are no settings of this method"):
+        for setting, value in content.items():          # such as runs/toy/clip
+            if isinstance(value, str) and ("/" in value or "." in value):
+                content[setting] = relocate(value, folder)
+        return build_config(config_class, content, f"{path}: ")
 
 
 def add_device_flags(parser):
@@ -853,15 +1125,56 @@ def check_run(folder, args):
                         "anew, --out for another folder")
 
 
+def may_go_on(name, before, now):
+    """Whether a run can be resumed with the setting `name` of now: {name: value}, not `before`."""
+    value = now[name]
+    if name == "steps" and now.get("decay") == 0 and type(before) is int:
+        return before <= value                          # the learning rate does not end there
+    if isinstance(value, str) and isinstance(before, str):
+        spelled = [path for path in (before, value) if os.path.exists(path)]
+        return before == value or (len(spelled) == 2 and os.path.samefile(*spelled))
+    return before == value
+
+
+def load_part(part, saved):
+    """part.load_state_dict; of an optimizer, which itself checks little, the state alone."""
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(saved)
+        return
+    # its settings are those of the config, which were compared
+    part.load_state_dict(saved | {"param_groups": part.state_dict()["param_groups"]})
+    names = {tuple(values) for values in part.state.values()}
+    fits = [value.shape in ((), parameter.shape)
+            for parameter, values in part.state.items() for value in values.values()]
+    if len(names) > 1 or not all(fits):
+        raise ValueError("the state of an optimizer does not fit")
+
+
+def read_metrics(path):
+    """(names, rows) of a metrics.csv, in cells; a row that was cut off is left out."""
+    heading, *lines = path.read_text(errors="replace").split("\n")
+    if not re.fullmatch(r"step(,\w+)*", heading, re.ASCII):
+        raise UserError(f"{path} has lost its heading: delete it")
+    names = heading.split(",")
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            cells = [cell or "nan" for cell in line.split(",")]      # blank: not known
+            if len(list(map(float, cells))) == len(names):
+                rows.append(cells)
+    return names, rows
+
+
 class Run:
     """The folder of one training: config.json, metrics.csv, checkpoints; and its progress bar.
 
     parts: modules and optimizers, which with args.resume get the state that was saved.
     weights: {name: tensor} for model.safetensors; each save writes the values they have then.
+    dataset: what it learns from, so that it can go on with the same data in another place.
     `start`: the step after which the training goes on, 0 for a new one.
     """
     def __init__(self, folder, cfg, parts, weights, args, precision, save_every=1000,
-                 title="training", rank=0):
+                 title="training", rank=0, dataset=None):
         self.folder = Path(folder)
         self.parts = parts
         self.weights = weights
@@ -869,6 +1182,7 @@ class Run:
         self.steps = cfg.steps
         self.save_every = save_every
         self.rank = rank                                # of several processes only rank 0 writes
+        self.data = dataset.identity() if dataset else ""
         self.start = 0
         self.values = []                                # what was logged since the last row
         self.stopped = False
@@ -882,6 +1196,7 @@ class Run:
                 for old in self.folder.glob(pattern):
                     old.unlink()
             write_json(self.folder / "config.json", dataclasses.asdict(cfg))
+        self.saved = self.start                         # the step of the last checkpoint
         self.progress = tqdm(total=self.steps, initial=self.start, desc=title, unit="step",
                              disable=rank > 0 or self.start == self.steps)
         # torchrun's processes would each stop at another step: there, Ctrl-C ends them at once
@@ -890,29 +1205,38 @@ class Run:
             signal.signal(signal.SIGTERM, self.ask_to_stop)      # what clusters send
 
     def restore(self, cfg):
-        before = read_json(self.folder / "config.json")
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
-        for name in now:
-            if before.get(name) != now[name]:
-                raise UserError(f"{self.folder}/ was begun with {name} = {before.get(name)}, now "
-                                f"it is {now[name]}: give the same settings, or another --out")
         path = self.folder / "state.pt"
-        try:
+        with reading(path, "it is damaged: start anew with --overwrite"):
+            if zipfile.ZipFile(path).testzip():         # compares checksums
+                raise ValueError("its content has changed")
             state = torch.load(path, map_location="cpu", weights_only=True)
-            for part, saved in zip(self.parts, state["parts"], strict=True):
-                part.load_state_dict(saved)
-            self.start = state["step"]
             precision = state["precision"]
-        except Exception:                               # a damaged file can raise anything
-            raise UserError(f"{path} is damaged: start anew with --overwrite") from None
         if precision != self.precision:
             raise UserError(f"{self.folder}/ was trained in {precision}, now it would be in "
                             f"{self.precision}: give the same --precision")
+        before = read_json(self.folder / "config.json")
+        now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
+        for name in now:
+            same_data = name == "data" and self.data and self.data == state.get("data")
+            if not same_data and not may_go_on(name, before.get(name), now):
+                hint = "give the same settings, or another --out"
+                if name == "steps" and "init" in now:
+                    hint = ("its learning rate falls until the last step; to train on, begin "
+                            f"another --out with --init {self.folder}/model.safetensors")
+                raise UserError(f"{self.folder}/ was begun with {name} = {before.get(name)}, now "
+                                f"it is {now[name]}: {hint}")
+        with reading(path, "it is damaged: start anew with --overwrite"):
+            self.start = range(self.steps + 1).index(state["step"])
+            for part, saved in zip(self.parts, state["parts"], strict=True):
+                load_part(part, saved)
         path = self.folder / "metrics.csv"
+        if self.rank == 0:
+            write_json(self.folder / "config.json", before | now)
         if self.rank == 0 and path.exists():            # drop the rows from after the checkpoint
-            heading, *rows = path.read_text().splitlines()
-            kept = [row for row in rows if int(row.split(",")[0]) <= self.start]
-            path.write_text("\n".join([heading, *kept]) + "\n")
+            names, rows = read_metrics(path)
+            rows = [row for row in rows if float(row[0]) <= self.start]
+            with atomic_write(path) as unfinished:
+                unfinished.write_text("".join(",".join(row) + "\n" for row in [names, *rows]))
 
     def ask_to_stop(self, number, frame):
         self.stopped = True
@@ -941,11 +1265,23 @@ class Run:
                             "stays as it was: try a lower --lr, or --precision fp32")
         self.progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
         if self.rank == 0:
-            with open(self.folder / "metrics.csv", "a") as file:
+            with self.writing(), open(self.folder / "metrics.csv", "a") as file:
                 if file.tell() == 0:
                     print("step", *values, sep=",", file=file)
                 cells = [f"{means[name]:.6g}" if name in means else "" for name in values]
                 print(step, *cells, sep=",", file=file)
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Around writing to the folder: each kind of file fails in its own way on a full disk."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            advice = "make room and start again"
+            if self.saved:
+                advice = f"the checkpoint of step {self.saved} is whole: make room, then --resume"
+            message = f"{self.folder}/ cannot be written: {say_why(error)}; {advice}"
+            raise UserError(message) from None
 
     def due(self, step):
         return step % self.save_every == 0 or step == self.steps or self.stopped
@@ -953,11 +1289,14 @@ class Run:
     def save(self, step):
         """Writes the checkpoint and loss.png; after Ctrl-C, ends the process with status 130."""
         if self.rank == 0:
-            save_tensors(self.weights, self.folder / "model.safetensors")
-            parts = [part.state_dict() for part in self.parts]
-            with atomic_write(self.folder / "state.pt") as unfinished:
-                torch.save({"step": step, "precision": self.precision, "parts": parts}, unfinished)
-            self.plot()
+            state = {"step": step, "precision": self.precision, "data": self.data,
+                     "parts": [part.state_dict() for part in self.parts]}
+            with self.writing():
+                save_tensors(self.weights, self.folder / "model.safetensors")
+                with atomic_write(self.folder / "state.pt") as unfinished:
+                    torch.save(state, unfinished)
+                self.saved = step
+                self.plot()
         if step < self.steps and not self.stopped:
             return
         self.progress.close()
@@ -970,8 +1309,9 @@ class Run:
     def plot(self):
         path = self.folder / "metrics.csv"
         if path.exists():                               # not there before the first 20 steps
-            rows = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
-            curves = {name: list(zip(rows["step"], rows[name])) for name in rows.dtype.names[1:]}
+            names, rows = read_metrics(path)
+            steps, *columns = np.array(rows, float).reshape(-1, len(names)).T
+            curves = {name: list(zip(steps, column)) for name, column in zip(names[1:], columns)}
             plot(curves, self.folder / "loss.png", "step", "loss", log=True)
 
 
@@ -1040,11 +1380,12 @@ def print_table(rows, title=""):
 # ---------------------------------------------------------------------------------------- pictures
 def load_font(path=None):
     """The font of a file; by default DejaVu, which knows more scripts than Pillow's own font."""
+    if path:
+        with reading(f"--font {path}", "it is no font file that can be read"):
+            return ImageFont.truetype(path, 11)
     try:
-        return ImageFont.truetype(path or "DejaVuSans.ttf", 11)
+        return ImageFont.truetype("DejaVuSans.ttf", 11)
     except OSError:
-        if path:
-            raise UserError(f"--font {path} is no font file that can be read") from None
         return ImageFont.load_default(11)
 
 
@@ -1060,10 +1401,18 @@ def wrap(text, width, font):
     return lines
 
 
+def save_image(image, path):
+    """Writes a PIL image, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as unfinished:
+        image.save(unfinished, Image.registered_extensions()[path.suffix.lower()])
+
+
 def image_grid(images, texts, path, columns=None, titles=(), font=None):
     """Writes N images, uint8 (H, H, 3), as a grid: a text below each, a title left of each row."""
     font = font or load_font()
-    columns = columns or min(len(images), max(4, math.ceil(len(images)**0.5)))
+    columns = min(columns or max(4, math.ceil(len(images)**0.5)), len(images))
     side = max(96, len(images[0]))
     gap = 8
     line = 14                                           # height of a line of text
@@ -1089,8 +1438,7 @@ def image_grid(images, texts, path, columns=None, titles=(), font=None):
             draw.multiline_text((x, side + 1), "\n".join(texts[i]), "black", font, spacing=2)
         rows.append(np.asarray(row))
     sheet = np.pad(np.concatenate(rows), ((gap, 0), (0, 0), (0, 0)), constant_values=255)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(path)
+    save_image(Image.fromarray(sheet), path)
 
 
 CURVE_COLOURS = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
@@ -1103,7 +1451,7 @@ def plot(curves, path, x_label, y_label, log=False):
     for name, curve in curves.items():
         drawn = [(x, scale(y)) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
         points[name] = np.array(drawn).reshape(-1, 2)
-    every = np.concatenate(list(points.values()))
+    every = np.concatenate([np.empty((0, 2)), *points.values()])
     if not len(every):
         return
     low = every.min(0)
@@ -1132,5 +1480,4 @@ def plot(curves, path, x_label, y_label, log=False):
                 draw.ellipse((column - 3, row - 3, column + 3, row + 3), colour)
         draw.text((legend, 18), name, colour, font)
         legend += font.getlength(name) + 16
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_image(sheet, path)

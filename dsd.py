@@ -170,13 +170,8 @@ class Matcher(nn.Module):
 
 def load_images(paths, size):
     """uint8 (N, 3, size, size). Raises UserError for an image that cannot be read."""
-    images = []
-    for path in paths:
-        try:
-            images.append(torch.from_numpy(common.load_image(path, size)).permute(2, 0, 1))
-        except common.BROKEN_IMAGE as error:
-            raise UserError(f"{path} cannot be read as an image ({error})") from None
-    return torch.stack(images)
+    images = [common.load_image(path, size) for path in paths]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 class Candidates:

@@ -21,13 +21,11 @@ are printed as a table and written to results.json.
 """
 import argparse
 import hashlib
-import os
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
@@ -57,15 +55,12 @@ class Inception:
         with open(path, "rb") as file:
             print(f"inception: {path}, SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
         self.device = device
-        try:
+        with common.reading(f"--inception {path}", "it is no TorchScript file that gives features "
+                            "(B, D) of images uint8 (B, 3, H, W)"):
             self.network = torch.jit.load(path, map_location=device).eval()
             arguments = [argument.name for argument in self.network.forward.schema.arguments]
             self.flags = {"return_features": True} if "return_features" in arguments else {}
             _, self.dim = self(np.zeros((2, 64, 64, 3), np.uint8)).shape     # fails if not (B, D)
-        except (RuntimeError, ValueError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[-1][:100]
-            raise UserError(f"--inception {path} is no TorchScript file that gives features (B, D) "
-                            f"of images uint8 (B, 3, H, W): {reason}") from None
 
     @torch.no_grad()
     def __call__(self, images):
@@ -80,15 +75,12 @@ def generated_images(pipeline, captions, sampling, batch_size=128):
         yield pipeline.generate(part, first=start, batch_size=batch_size, **sampling), part
 
 
-def real_images(dataset, batch_size=128):
+def real_images(dataset, workers=None, batch_size=128):
     """Yields all images of a CaptionedImages in the same way, each with one of its captions."""
-    workers = 0 if dataset.in_memory else min(8, os.cpu_count() or 1)
-    order = [(i, i) for i in range(len(dataset))]        # (index, seed), see CaptionedImages
-    loader = DataLoader(dataset, batch_size, sampler=order, num_workers=workers)
-    for images, captions, broken in tqdm(loader, "real images"):
-        for path in filter(None, broken):
-            print(f"\nwarning: {path} cannot be read; another image takes its place")
-        yield images.permute(0, 2, 3, 1), list(captions)
+    for images, captions, broken in common.load_all(dataset, batch_size, "real images", workers):
+        for reason in filter(None, broken):
+            print(f"\nwarning: {reason}; another image takes its place")
+        yield images.permute(0, 2, 3, 1), captions
 
 
 def extract_features(batches, clip, inception=None):
@@ -144,12 +136,12 @@ def fid(x, mu, sigma):
 # ----------------------------------------------------------------------------------------- quality
 def read_statistics(path, dim):
     """mu (dim,) and sigma (dim, dim) of an .npz file, the usual way to share FID statistics."""
-    try:
+    with common.reading(f"--reference {path}", "it is no .npz of mu and sigma"):
         with np.load(path) as content:
             mu = np.asarray(content["mu"], np.float64)
             sigma = np.asarray(content["sigma"], np.float64)
-    except Exception as error:                           # a damaged file can raise nearly anything
-        raise UserError(f"--reference {path} is no .npz of mu and sigma ({error})") from None
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("it holds nan")
     if mu.shape != (dim,) or sigma.shape != (dim, dim):
         raise UserError(f"--reference {path} has mu {mu.shape} and sigma {sigma.shape}, but this "
                         f"--inception gives {dim} features")
@@ -158,14 +150,14 @@ def read_statistics(path, dim):
 
 def reference_images(folder, size):
     """The images of a folder, with captions or without, as CaptionedImages."""
-    paths = sorted(path for path in Path(folder).rglob("*")
-                   if path.suffix.lower() in common.IMAGE_SUFFIXES)
+    paths = [path for path in common.find_files(folder).values()
+             if path.suffix.lower() in common.IMAGE_SUFFIXES]
     if not paths:
         raise UserError(f"--reference {folder} is neither a folder of images nor an .npz file")
     return common.CaptionedImages(folder, "val", size, items=[(path, [""], {}) for path in paths])
 
 
-def quality(pipeline, dataset, samples, clip, inception, reference, sampling, folder):
+def quality(pipeline, dataset, samples, clip, inception, reference, sampling, folder, workers=None):
     """Generates images for validation captions and measures them: {name: figure}.
 
     dataset: the validation images; inception: an `Inception`, or None; reference: what to compare
@@ -183,10 +175,13 @@ def quality(pipeline, dataset, samples, clip, inception, reference, sampling, fo
     if statistics_only:
         mu, sigma = read_statistics(reference, inception.dim)
     else:
-        y, y_inception, y_captions = extract_features(real_images(real), clip, inception)
+        y, y_inception, y_captions = extract_features(
+            real_images(real, workers), clip, inception)
         if inception:
             mu, sigma = common.feature_statistics(y_inception)
-            np.savez(folder / "reference.npz", mu=mu, sigma=sigma)
+            with common.atomic_write(folder / "reference.npz") as temporary:
+                with open(temporary, "wb") as file:
+                    np.savez(file, mu=mu, sigma=sigma)
 
     captions = []
     for i in range(samples):
@@ -230,7 +225,7 @@ def measure_quality(args, pipeline, data, how):
     folder = Path(args.out or output_folder(args))
     folder.mkdir(parents=True, exist_ok=True)
     figures = quality(pipeline, dataset, samples, clip, inception, args.reference,
-                      sample.sampling_options(args), folder)
+                      sample.sampling_options(args), folder, args.workers)
     print_quality(figures, f"{args.weights or args.run}: {samples:,} images, {how}; against "
                            f"{args.reference or data}; CLIP: {clip.path}")
     common.write_results(folder, figures)
@@ -259,6 +254,7 @@ def add_flags(parser):
                                            "FID; its code is run: know where it comes from")
     group.add_argument("--reference", help="compare with this: folder of images, or .npz of mu and "
                                            "sigma (default: the validation images)")
+    group.add_argument("--workers", type=common.whole, help="processes that read images")
     group.add_argument("--out", help="folder of results.json (default: the run's)")
 
 

@@ -289,7 +289,8 @@ def best_items(cfg, data, size):
         scores = common.read_json(cfg.quality)            # {file name: score}
     else:
         scores = {path.name: annotation.get(cfg.quality) for path, _, annotation in items}
-    missing = [path.name for path, _, _ in items if scores.get(path.name) is None]
+    missing = [path.name for path, _, _ in items
+               if not isinstance(scores.get(path.name), (int, float))]
     if missing:
         raise UserError(f"--quality {cfg.quality}: {len(missing)} of {len(items)} images of the "
                         f"split {cfg.quality_split} have no score (first: {missing[0]}): {way_out}")
@@ -311,7 +312,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
     optimizers = uvit_fusion.make_optimizers(trained, cfg)
     ema = copy.deepcopy(model)
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
-                     base.precision, title=f"stage {n}")
+                     base.precision, title=f"stage {n}", dataset=None if n == 1 else data)
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
     if n == 1:
         steps = range(run.start + 1, cfg.steps + 1)
@@ -395,11 +396,12 @@ def new_model(cfg, base, llm, captions, adapter_class):
     return model
 
 
-def load_pipeline(path, device, precision):
-    """The pipeline of a run folder, or of a .safetensors file in one."""
+def load_pipeline(path, device, precision, **changes):
+    """The pipeline of a run folder, or of a .safetensors file in one; changes: of the base's."""
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
     uvit_cfg = common.read_config(uvit_fusion.Config, folder, "uvit.json")
+    uvit_cfg = dataclasses.replace(uvit_cfg, **changes)
     llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
     if llm.identity != cfg.llm_identity:
         raise UserError(f"{folder}/ was trained with another language model than {cfg.llm} is now: "

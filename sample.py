@@ -26,8 +26,11 @@ METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")
 
 
 # ----------------------------------------------------------------------------------------- loading
-def load_run(path, device="auto", precision="auto"):
-    """The pipeline of a run folder, or of a .safetensors file in one, by its own method."""
+def load_run(path, device="auto", precision="auto", **changes):
+    """The pipeline of a run folder, or of a .safetensors file in one, by its own method.
+
+    changes: of the settings of its U-ViT, such as clip.
+    """
     folder, _ = common.run_files(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"there is no run in {folder}/ (no config.json): train one first, "
@@ -39,7 +42,7 @@ def load_run(path, device="auto", precision="auto"):
                         f"{', '.join(METHODS)}")
     device = common.pick_device(device)
     precision = common.pick_precision(precision, device)
-    return importlib.import_module(method).load_pipeline(path, device, precision)
+    return importlib.import_module(method).load_pipeline(path, device, precision, **changes)
 
 
 def load_published(args):
@@ -64,8 +67,10 @@ def add_run_flags(parser):
     parser.add_argument("--run", default="runs/uvit_fusion",
                         help="run folder, or a .safetensors file in one (default %(default)s)")
     parser.add_argument("--weights", help="published U-ViT weights instead of a run")
-    parser.add_argument("--autoencoder", help="with --weights: file or folder of the autoencoder")
-    parser.add_argument("--clip", help="with --weights: the text encoder, if not CLIP ViT-L/14")
+    parser.add_argument("--autoencoder",
+                        help="file or folder of the autoencoder (default: the run's)")
+    parser.add_argument("--clip", help="text encoder, a folder or a name on the hub (default: the "
+                                       "run's; with --weights CLIP ViT-L/14)")
     common.add_device_flags(parser)
 
 
@@ -73,9 +78,8 @@ def load_pipeline(args):
     """The pipeline that the flags of `add_run_flags` name."""
     if args.weights:
         return load_published(args)
-    if args.autoencoder or args.clip:
-        raise UserError("--autoencoder and --clip go with --weights: a run knows its own")
-    return load_run(args.run, args.device, args.precision)
+    changes = {name: getattr(args, name) for name in ("autoencoder", "clip") if getattr(args, name)}
+    return load_run(args.run, args.device, args.precision, **changes)
 
 
 def run_folder(args):
@@ -90,20 +94,23 @@ def run_folder(args):
 def add_sampling_flags(parser):
     parser.add_argument("--sample-steps", type=common.positive, default=25,
                         help="network evaluations an image (default %(default)s)")
-    parser.add_argument("--guidance", type=float,
+    parser.add_argument("--guidance", type=common.finite,
                         help="w of uncond + w (cond - uncond), 1: none (default: the run's)")
-    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    parser.add_argument("--guidance-interval", type=common.finite, nargs=2,
+                        metavar=("LOW", "HIGH"),
                         help="guide only where t / T lies within (default: the run's)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"),
                         help="dpm: DPM-Solver++ 2M (default: the run's)")
     parser.add_argument("--negative-prompt", default="",
                         help="text that takes the place of the empty prompt in guidance")
-    parser.add_argument("--noise-seed", type=int, default=0,
+    parser.add_argument("--noise-seed", type=common.whole, default=0,
                         help="seed of the noise that images start from (default %(default)s)")
 
 
 def sampling_options(args):
     """The flags of `add_sampling_flags` as keyword arguments of `Pipeline.generate`."""
+    if args.guidance_interval:
+        uvit_fusion.check_interval(args.guidance_interval)
     return dict(steps=args.sample_steps, guidance=args.guidance,
                 guidance_interval=args.guidance_interval, sampler=args.sampler,
                 negative_prompt=args.negative_prompt, seed=args.noise_seed)
@@ -114,10 +121,11 @@ def read_prompts(args):
     """The prompts of the command line, of --file, and of standard input for the prompt "-"."""
     prompts = [prompt for prompt in args.prompts if prompt != "-"]
     if args.file:
-        prompts += Path(args.file).read_text(encoding="utf-8-sig").splitlines()
-    if "-" in args.prompts:
-        prompts += sys.stdin.read().splitlines()
-    return [prompt.strip() for prompt in prompts if prompt.strip()]
+        prompts += common.read_text(args.file).splitlines()
+    with common.reading("the prompts", "write them in UTF-8"):
+        if "-" in args.prompts:
+            prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
+        return [common.one_line(prompt) for prompt in prompts if prompt.strip()]
 
 
 def add_flags(parser):
@@ -170,7 +178,7 @@ def main():
     print(f"{len(images)} images: {out}")
     if args.singles:
         for i, image in enumerate(images):
-            Image.fromarray(image).save(out.with_name(f"{out.stem}_{i:04d}.png"))
+            common.save_image(Image.fromarray(image), out.with_name(f"{out.stem}_{i:04d}.png"))
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def train(cfg, pipeline, llm, dataset, folder, args, adapter_class=Adapter):
     row_of = {text: row for row, text in enumerate(texts)}
     features, masks, llm_features = encode_once(pipeline.text_encoder, llm, texts)
     run = common.Run(folder, cfg, [adapter, ema, *optimizers], ema.state_dict(), args,
-                     pipeline.precision, title="adapter")
+                     pipeline.precision, title="adapter", dataset=dataset)
     loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
 
     for step, (images, pairs) in enumerate(loader, run.start + 1):
@@ -324,10 +324,10 @@ def attach(pipeline, path):
     return with_adapter(pipeline, adapter.eval().requires_grad_(False))
 
 
-def load_pipeline(path, device, precision):
-    """The base that a run folder names, with the run's adapter."""
+def load_pipeline(path, device, precision, **changes):
+    """The base that a run folder names, with the run's adapter; changes: of the base's settings."""
     cfg = common.read_config(Config, common.run_files(path)[0])
-    return attach(uvit_fusion.load_pipeline(cfg.base, device, precision), path)
+    return attach(uvit_fusion.load_pipeline(cfg.base, device, precision, **changes), path)
 
 
 # --------------------------------------------------------------------------------------------- main

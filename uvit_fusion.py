@@ -70,6 +70,13 @@ from common import UserError
 from toy import judge
 
 
+def check_interval(interval):
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance-interval {low:g} {high:g}: both are shares of the time, "
+                        "between 0 and 1, the lower one first")
+
+
 @dataclass
 class Config:
     # the image and the text
@@ -133,6 +140,7 @@ class Config:
         if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2:
             raise UserError(f"--depth {self.depth} must be even, and --image-blocks "
                             f"{self.image_blocks} at most half of it")
+        check_interval(self.guidance_interval)
         if min(self.steps, self.batch_size, self.accumulate) < 1:
             raise UserError("--steps, --batch-size and --accumulate must be at least 1")
         if self.batch_size % self.accumulate:
@@ -680,8 +688,8 @@ def make_pipeline(cfg, text_encoder, tensors, name, precision):
     return Pipeline(model, text_encoder, cfg, device, precision, vae)
 
 
-def load_pipeline(path, device, precision):
-    """The pipeline of a run folder, or of a .safetensors file in one.
+def load_pipeline(path, device, precision, **changes):
+    """The pipeline of a run folder, or of a .safetensors file in one; changes: of its settings.
 
     A run of another method that holds a whole U-ViT has the U-ViT's settings in uvit.json.
     """
@@ -689,7 +697,7 @@ def load_pipeline(path, device, precision):
     if not weights.is_file():
         raise UserError(f"there is no {weights}: train it first: python uvit_fusion.py --train")
     name = "uvit.json" if (folder / "uvit.json").exists() else "config.json"
-    cfg = common.read_config(Config, folder, name)
+    cfg = dataclasses.replace(common.read_config(Config, folder, name), **changes)
     tensors = common.read_weights(weights, f"checkpoint {weights}")
     return make_pipeline(cfg, common.TextEncoder(cfg.clip, device), tensors, weights, precision)
 
@@ -726,8 +734,9 @@ def make_optimizers(model, cfg, muon_names=("block",)):
             matrices.append(parameter)
         else:
             rest.append(parameter)
-    optimizers = [torch.optim.AdamW(
-        rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
+    with common.reading(f"--betas {cfg.betas}", "choose two numbers from 0 to below 1"):
+        optimizers = [torch.optim.AdamW(
+            rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(
             matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
@@ -809,7 +818,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
-                     title=cfg.fusion, rank=rank)
+                     title=cfg.fusion, rank=rank, dataset=dataset)
     held_out = common.CaptionedImages(data, "val", pipeline.image_size)
     network = torch.compile(model) if args.compile else model    # has the weights of model
     if world_size > 1:
@@ -908,7 +917,7 @@ def add_flags(parser):
     parser.add_argument("--quick", action="store_true", help="the same in small, into runs/quick")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
-    parser.add_argument("--workers", type=int, help="processes that read images")
+    parser.add_argument("--workers", type=common.whole, help="processes that read images")
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile (needs a C++ compiler on CPUs)")
     common.add_training_flags(parser, "run folder (default runs/uvit_fusion)")

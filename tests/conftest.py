@@ -26,14 +26,12 @@ for field, default in TINY_CFG.items():
     TINY += [f"--{field.replace('_', '-')}", str(default)]
 
 
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory):
+def make_clip(folder):
     """The folder of a random CLIP, in the real format: 32 features, 16 tokens, 24 x 24 pixels."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 
     from toy.models import train_tokenizer
-    folder = tmp_path_factory.mktemp("clip")
     texts = ["two red circles above a blue square", "a man on a horse"]
     tokenizer = train_tokenizer(texts, vocabulary=300, length=16)
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -45,6 +43,11 @@ def clip_folder(tmp_path_factory):
     CLIPModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    return make_clip(tmp_path_factory.mktemp("clip"))
 
 
 def make_coco(root, year="2017", train=12, val=4):

@@ -1,6 +1,7 @@
 """The autoencoder is Stable Diffusion's, from whichever file; latents are computed once."""
 import copy
 import dataclasses
+import json
 import os
 import shutil
 
@@ -275,16 +276,36 @@ def test_a_damaged_file_a_full_disk_and_a_wrong_size_are_refused(coco, tiny, mon
         latents(coco, tiny)
 
 
+def test_names_may_be_absolute_and_a_link_to_nothing_is_a_broken_image(tmp_path, tiny):
+    root = tmp_path / "data"
+    root.mkdir()
+    lines = []
+    for i in range(120):
+        path = tmp_path / f"{i}.png"                       # outside of the data's folder
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        lines.append(json.dumps({"file_name": str(path), "text": f"picture {i}"}))
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    assert torch.isfinite(latents(root, tiny, size=8).image(3)).all()
+    for i in range(120):
+        (root / f"{i}.png").symlink_to(tmp_path / ("gone" if i == 7 else f"{i}.png"))
+        (root / f"{i}.txt").write_text("a caption")
+    (root / "metadata.jsonl").unlink()
+    shutil.rmtree(tmp_path / "latents")
+    dataset = latents(root, tiny, size=8)
+    assert [path.name for path, _, _ in dataset.items].index("7.png") in dataset.broken
+    assert len(dataset.broken) == 1
+
+
 def test_a_broken_image_is_left_out_and_more_than_one_per_cent_are_refused(tmp_path, tiny):
     coco = make_coco(tmp_path / "coco", train=101, val=1)
     broken = coco / "train2017" / "000000000097.jpg"       # in the last batch, which is smaller
     broken.write_bytes(b"no image")
     for _ in range(2):                                     # as it is encoded and as it is opened
         dataset = latents(coco, tiny, size=4)
-        with pytest.raises(OSError, match="000000000097"):
+        with pytest.raises(common.BrokenImage, match="000000000097"):
             dataset.image(97)
         _, caption, replaced = dataset[97, 0]
-        assert replaced == str(broken) and not caption.startswith("picture 97 ")
+        assert replaced.startswith(str(broken)) and not caption.startswith("picture 97 ")
     last = common.CaptionedImages(coco, "train", 4).image(100)
     expected = torch.cat(tiny.encode(common.to_float(last[None])))
     assert torch.allclose(dataset.image(100).float(), expected, rtol=2**-10, atol=1e-3)

@@ -62,6 +62,10 @@ def test_a_run_is_graded_on_held_out_captions_and_its_figures_are_written(toy_ru
     assert all(found[name] == pytest.approx(expected[name], abs=0.01) for name in expected)
 
 
+def test_own_data_have_no_exact_grade_but_a_quality(toy_run, coco):
+    refused(run("eval.py", "--data", coco, *DEVICE, cwd=toy_run), "eval.py --quality measures any")
+
+
 def test_the_grade_of_a_snapshot_does_not_replace_that_of_its_run(toy_run):
     before = (toy_run / "runs" / "uvit_fusion" / "results.json")
     before.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """sample.py: any run, any prompts, one grid; the same seed gives the same images."""
 import io
+import shutil
 import sys
 
 import numpy as np
@@ -91,6 +92,22 @@ def test_a_run_is_loaded_by_the_method_that_its_config_names(folder, monkeypatch
                       for method in ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")]
 
 
+def test_a_run_is_drawn_from_anywhere_and_its_text_encoder_can_be_named(
+        folder, pipeline, clip_folder, tmp_path):
+    shutil.copytree(clip_folder, folder / "runs" / "clip")
+    pipeline.cfg.clip = "runs/clip"
+    save_run(pipeline, folder / "runs" / "uvit_fusion")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    flags = ["a man", "--run", folder / "runs" / "uvit_fusion", *FEW]
+    status, _, errors = run("sample.py", *flags, cwd=elsewhere)
+    assert status == 0, errors
+    shutil.move(folder / "runs" / "clip", elsewhere / "moved")
+    refused(run("sample.py", *flags, cwd=elsewhere), "--clip runs/clip")
+    status, _, errors = run("sample.py", *flags, "--clip", "moved", cwd=elsewhere)
+    assert status == 0, errors
+
+
 def test_an_adapter_is_put_behind_the_text_encoder_of_the_run(folder, monkeypatch):
     module = type(sys)("sur_adapter")
     attached = []
@@ -126,12 +143,23 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
     (["--run", "nowhere"], "train one first"),
     (["--file", "nowhere.txt"], "nowhere.txt"),
     (["--out", "grid.doc"], "--out grid.doc"),
-    (["--clip", "some"], "--weights"),
+    (["--clip", "./some"], "--clip ./some"),
     (["--font", "nowhere.ttf"], "--font nowhere.ttf"),
     (["--sample-steps", 1001], "--sample-steps"),
+    (["--guidance", "nan"], "--guidance"),
+    (["--guidance", "inf"], "--guidance"),
+    (["--guidance-interval", 1, 0], "--guidance-interval 1 0: both are shares"),
+    (["--guidance-interval", 60, 100], "--guidance-interval 60 100: both are shares"),
+    (["--noise-seed", "9" * 5000], "999 is no whole number of 32 bits"),
+    (["--file", "latin.txt"], "latin.txt, line 2: not in UTF-8"),
+    (["\udcff"], "UTF-8"),
+    (["--run", "broken"], "gives nan, no images"),
     (["--run", "other"], "names the method 'gan'"),
 ])
-def test_a_slip_is_one_line(folder, flags, word):
+def test_a_slip_is_one_line(folder, pipeline, flags, word):
+    pipeline.model.decoder_pred.bias[0] = torch.nan
+    save_run(pipeline, folder / "broken")
+    (folder / "latin.txt").write_bytes(b"a man\na caf\xe9\n")
     (folder / "other").mkdir()
     common.write_json(folder / "other" / "config.json", {"method": "gan"})
     refused(run("sample.py", "a man", *flags, *DEVICE, cwd=folder), word)

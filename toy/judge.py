@@ -183,7 +183,7 @@ def validation_scenes(data, samples):
     items = common.CaptionedImages(data, "val", size=24).items[:samples]     # reads no image
     if "scene" not in items[0][2]:
         raise UserError(f"--data {data}: its annotations hold no scenes, so there is nothing to "
-                        "grade exactly; use --data shapes")
+                        "grade exactly: eval.py --quality measures any data")
     scenes = [Scene.from_json(image["scene"]) for _, _, image in items]
     captions = [random.Random(i).choice(texts) for i, (_, texts, _) in enumerate(items)]
     return scenes, captions, np.array([scene.unseen for scene in scenes])
