@@ -786,13 +786,19 @@ def rank_0_first(rank, world_size):
         dist.barrier()
 
 
-def train_words(data, size, folder):
-    """Writes <folder>/words, a tokenizer of the captions, for `common.TextEncoder`."""
-    items = common.CaptionedImages(data, "train", size).items
-    captions = [caption for _, texts, _ in items for caption in texts]
-    tokenizer = toy.models.train_tokenizer(captions, vocabulary=2048)
-    tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
-    tokenizer.save_pretrained(folder / "words")
+def train_words(data, size, folder, keep):
+    """Writes <folder>/words, a tokenizer of the captions, for `common.TextEncoder`; its path.
+
+    keep: leave the one that is there.
+    """
+    path = Path(folder) / "words"
+    if not keep:
+        items = common.CaptionedImages(data, "train", size).items
+        captions = [caption for _, texts, _ in items for caption in texts]
+        tokenizer = toy.models.train_tokenizer(captions, vocabulary=2048)
+        tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
+        tokenizer.save_pretrained(path)
+    return str(path)
 
 
 def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
@@ -800,11 +806,6 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
 
     args: of `main`, for its resume, overwrite, workers and compile.
     """
-    if cfg.clip == "words":
-        with rank_0_first(rank, world_size):
-            if rank == 0 and not args.resume:
-                train_words(data, cfg.size, Path(folder))
-        cfg = dataclasses.replace(cfg, clip=f"{folder}/words")
     text_encoder = common.TextEncoder(cfg.clip, device)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
     torch.manual_seed(cfg.seed)
@@ -950,6 +951,8 @@ def main():
         common.CaptionedImages(cfg.data, "val", size)      # bad data stop here, not days later
     with rank_0_first(rank, world_size):
         data = toy.prepare(cfg.data, cfg.clip, size)
+        if cfg.clip == "words":
+            cfg.clip = train_words(data, size, folder, keep=args.resume or rank > 0)
     pipeline = train(cfg, data, folder, args, device, precision, rank, world_size)
     if rank == 0:
         report(pipeline, data, folder, args.samples, begin)

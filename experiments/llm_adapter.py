@@ -1,11 +1,13 @@
-"""An LLM as the text encoder: what each part of the adapter gives, and what its first stage.
+"""An LLM as the text encoder: what each part gives, and what the layers of the LLM know.
 
     python -m experiments.llm_adapter compare --steps-1 600 --steps-2 300 --samples 512
+    python -m experiments.llm_adapter probe --samples 2048 --precision fp32
 
-Trains each variant in stage 1 alone, on the same texts in the same order; "no_stage_1" in stage 2
-alone. Grades it on held-out scenes: in four languages taking turns, as paragraphs, and in English.
-Prints one table and writes results.json into runs/llm_compare. A variant that is finished is kept,
-so the command can be given again.
+`compare` trains each variant in stage 1 alone, on the same texts in the same order; "no_stage_1" in
+stage 2 alone. Grades it on held-out scenes: in four languages taking turns, as paragraphs, and in
+English. Prints one table and writes results.json into runs/llm_compare. A variant that is finished
+is kept, so the command can be given again. `probe` trains no adapter: linear maps tell what the
+states of a layer know, into runs/llm_probe.
 """
 import argparse
 import dataclasses
