@@ -14,7 +14,8 @@ how likely each of them is in the scene. Rewards have no common unit, so they vo
 
     rank_r(k)  = 0 for the best of the K candidates under reward r, ..., K - 1 for the worst
     best       = argmin_k sum_r weight_r rank_r(k)                         one image a prompt
-    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention
+    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention;
+                 with --learn dpo also of the worst, see `dpo_loss`
 
 A round samples from the current model, scores, selects, and fine-tunes on all that was selected so
 far. The next round begins with the result (RAFT: reward-ranked fine-tuning, arXiv 2304.06767).
@@ -24,16 +25,18 @@ Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, score
     python fine_rewards.py --train          # 16 min on two cores: from 61 to 75 % right
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
-    python -m experiments.fine_rewards compare     # each reward alone, random and real images
+    python -m experiments.fine_rewards choose --samples 300    # which reward takes right images
+    python -m experiments.fine_rewards compare     # what is learned from them, random, real images
     python -m experiments.fine_rewards analyse     # which mistakes each reward notices
 
 Differs from the paper [what its release does]; docs/fine_rewards.md has the rest:
  1. All K candidates are scored against their own prompt [candidate i against the i-th prompt].
  2. Ranks count better candidates, and equal rewards share theirs [argsort in the place of ranks].
  3. A label's score is an expectation, in a fresh context [digits from one long conversation].
- 4. A part is an area of a segmenter's map, or with --sam a mask of SAM [tags of a tagger, no SAM].
+ 4. A segmenter finds the parts, or with --sam SAM does: segmenter.py [tags of a tagger, no SAM].
  5. toy: three rewards vote, with weights 1, 0.5, 1, and the best 80 % of the selected images are
     learned from [caption and SAM reward beside a CLIP tuned to human taste; all images].
+ 6. Two additions, if asked for: --sam-score two-sided sees what is missing, too; --learn dpo.
 """
 import argparse
 import collections
@@ -77,8 +80,8 @@ class Config:
     # the experts
     base: str = "runs/uvit_fusion/step2000.safetensors"  # run of uvit_fusion.py to tune, or weights
     captioner: str = "runs/toy/captioner"  # image captioner: a folder, or a name on the hub
-    segmenter: str = "runs/toy/segmenter"  # model of semantic segmentation that names the parts
-    sam: str = ""  # Segment Anything model (default: connected parts of the segmenter's map)
+    segmenter: str = "runs/toy/segmenter"  # semantic or universal: names the parts
+    sam: str = ""  # Segment Anything model that finds the parts (default: the segmenter finds them)
     llm: str = "runs/toy/llm"  # causal language model that scores the labels
     clip_model: str = ""  # CLIP of the rewards (default: the base's)
     scorer: str = "runs/toy/quality.safetensors"  # linear head on CLIP, for the aesthetic reward
