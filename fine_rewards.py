@@ -14,7 +14,8 @@ how likely each of them is in the scene. Rewards have no common unit, so they vo
 
     rank_r(k)  = 0 for the best of the K candidates under reward r, ..., K - 1 for the worst
     best       = argmin_k sum_r weight_r rank_r(k)                         one image a prompt
-    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention
+    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention;
+                 with --learn dpo also of the worst, see `dpo_loss`
 
 A round samples from the current model, scores, selects, and fine-tunes on all that was selected so
 far. The next round begins with the result (RAFT: reward-ranked fine-tuning, arXiv 2304.06767).
@@ -24,36 +25,42 @@ Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, score
     python fine_rewards.py --train          # 16 min on two cores: from 61 to 75 % right
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
-    python -m experiments.fine_rewards compare     # each reward alone, random and real images
+    python -m experiments.fine_rewards choose --samples 300    # which reward takes right images
+    python -m experiments.fine_rewards compare     # what is learned from them, random, real images
     python -m experiments.fine_rewards analyse     # which mistakes each reward notices
 
 Differs from the paper [what its release does]; docs/fine_rewards.md has the rest:
  1. All K candidates are scored against their own prompt [candidate i against the i-th prompt].
  2. Ranks count better candidates, and equal rewards share theirs [argsort in the place of ranks].
  3. A label's score is an expectation, in a fresh context [digits from one long conversation].
- 4. A part is an area of a segmenter's map, or with --sam a mask of SAM [tags of a tagger, no SAM].
+ 4. A segmenter finds the parts, or with --sam SAM does: segmenter.py [tags of a tagger, no SAM].
  5. toy: three rewards vote, with weights 1, 0.5, 1, and the best 80 % of the selected images are
     learned from [caption and SAM reward beside a CLIP tuned to human taste; all images].
+ 6. Two additions, if asked for: --sam-score two-sided sees what is missing, too; --learn dpo.
 """
 import argparse
+import collections
 import copy
 import dataclasses
 import os
 import random
+import re
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
 import toy
 import uvit_fusion
 from common import UserError
+from segmenter import Segmenter
 from toy import gain, judge
 from uvit_fusion import load_pipeline  # loads the base, and what is tuned here, a U-ViT like it
 
@@ -73,8 +80,8 @@ class Config:
     # the experts
     base: str = "runs/uvit_fusion/step2000.safetensors"  # run of uvit_fusion.py to tune, or weights
     captioner: str = "runs/toy/captioner"  # image captioner: a folder, or a name on the hub
-    segmenter: str = "runs/toy/segmenter"  # model of semantic segmentation that names the parts
-    sam: str = ""  # Segment Anything model (default: connected parts of the segmenter's map)
+    segmenter: str = "runs/toy/segmenter"  # semantic or universal: names the parts
+    sam: str = ""  # Segment Anything model that finds the parts (default: the segmenter finds them)
     llm: str = "runs/toy/llm"  # causal language model that scores the labels
     clip_model: str = ""  # CLIP of the rewards (default: the base's)
     scorer: str = "runs/toy/quality.safetensors"  # linear head on CLIP, for the aesthetic reward
@@ -85,10 +92,13 @@ class Config:
     sample_steps: int = 10  # network evaluations a candidate
     candidate_guidance: float = 1.5  # guidance that candidates are sampled with
     weights: tuple = (1.0, 0.5, 1.0, 0.0)  # of the ranks by caption, SAM, CLIP, aesthetic reward
+    sam_score: Literal["one-sided", "two-sided"] = "one-sided"  # two-sided: and what is missing
     min_part: float = 0.012  # parts below this share of an image are ignored
     score_batch: int = 256  # images that are scored at a time
     keep: float = 0.8  # share of the prompts to learn from, those with the best images
     # tune
+    learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
+    beta: float = 2000.0  # of dpo: beta T, how far the model may go from the start of the round
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
     batch_size: int = 64  # images a step
@@ -119,11 +129,13 @@ PRESETS = {
     "toy": {},
     "paper": dict(
         base="runs/coco256", captioner="Salesforce/blip2-opt-2.7b",
-        segmenter="nvidia/segformer-b0-finetuned-ade-512-512", sam="facebook/sam-vit-base",
-        llm="lmsys/vicuna-7b-v1.5", clip_model="openai/clip-vit-large-patch14",
-        instruction="paper", weights=(1.0, 1.0, 0.0, 0.0), score_batch=16, keep=1.0,
-        sample_steps=50, candidate_guidance=2.0, guidance=2.0, steps=2500, batch_size=8, rank=4,
-        lr=9e-6, warmup=0, decay=0.0, data="coco"),
+        segmenter="facebook/mask2former-swin-tiny-coco-panoptic", sam="facebook/sam-vit-base",
+        llm="Qwen/Qwen2.5-7B-Instruct",  # the paper: lmsys/vicuna-7b-v1.5 (needs sentencepiece)
+        clip_model="openai/clip-vit-large-patch14", instruction="paper",
+        weights=(1.0, 1.0, 0.0, 0.0), score_batch=16, keep=1.0, prompts=5000, sample_steps=50,
+        candidate_guidance=2.0, guidance=2.0,
+        steps=6250,  # ten passes of batch 8 over the images that a round adds
+        batch_size=8, rank=4, lr=9e-6, warmup=0, decay=0.0, data="coco"),
 }
 
 
@@ -144,64 +156,6 @@ class Captioner:
         return [text.strip() for text in texts]
 
 
-class SamMasks:
-    """All that Segment Anything finds in an image uint8 (H, W, 3): a list of masks (H, W) bool."""
-    def __init__(self, path, device):
-        import transformers  # takes seconds, and --help needs none of it
-        if not transformers.utils.is_torchvision_available():
-            raise UserError("--sam: mask generation needs torchvision: pip install torchvision")
-        model, processor = common.load_pretrained(
-            "AutoModelForMaskGeneration", path, "--sam", "Segment Anything model", device,
-            "AutoImageProcessor")
-        self.generate = transformers.pipeline(
-            "mask-generation", model, image_processor=processor, device=device)
-
-    def __call__(self, image):
-        return [np.asarray(mask) for mask in self.generate(Image.fromarray(image))["masks"]]
-
-
-class Segmenter:
-    """Images uint8 (N, H, W, 3) -> N lists of parts (label, mask (H, W) bool).
-
-    Any model of semantic segmentation labels the pixels. A part is a connected area of one label,
-    or a mask of Segment Anything, with the label of most of its pixels.
-    """
-    def __init__(self, path, device, sam="", min_part=0.0):
-        self.model, self.processor = common.load_pretrained(
-            "AutoModelForSemanticSegmentation", path, "--segmenter", "segmenter", device,
-            "AutoImageProcessor")
-        self.names = self.model.config.id2label
-        self.sam = SamMasks(sam, device) if sam else None
-        self.min_part = min_part
-
-    @torch.no_grad()
-    def label_maps(self, images):
-        """(N, H, W) int: class i as i + 1, and 0 for the class "background" if there is one."""
-        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
-        maps = self.processor.post_process_semantic_segmentation(
-            self.model(**inputs), [images.shape[1:3]] * len(images))
-        classes = torch.stack(maps).cpu().numpy()
-        background = [i for i, name in self.names.items() if name == "background"]
-        return np.where(np.isin(classes, background), 0, classes + 1)
-
-    def __call__(self, images):
-        label_maps = self.label_maps(images)
-        if self.sam:
-            masks = [self.sam(image) for image in images]
-        else:
-            numbered = judge.components(label_maps)                      # 0 is the background
-            masks = [[parts == k for k in np.unique(parts) if k] for parts in numbered]
-        return [self.name_parts(labels, found) for labels, found in zip(label_maps, masks)]
-
-    def name_parts(self, label_map, masks):
-        parts = []
-        for mask in masks:
-            label = np.bincount(label_map[mask], minlength=1).argmax()   # of most of its pixels
-            if label and mask.mean() >= self.min_part:
-                parts.append((self.names[label - 1], mask))
-        return parts
-
-
 class LabelScorer:
     """How likely a label is in the scene of a prompt: N pairs (prompt, label) -> (N,), 1 to 3.
 
@@ -217,16 +171,26 @@ class LabelScorer:
         """Token ids of the question, and of the three answers to it."""
         # no str.format: an instruction may hold other braces
         text = self.instruction.replace("{label}", label).replace("{prompt}", prompt)
-        rows = self.tokenizer([f"{text} {v}" for v in (1, 2, 3)]).input_ids
+        chat = self.tokenizer.chat_template is not None
+        if chat:                                     # it holds all special tokens that are needed
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        answers = [f"{text}{v}" if chat else f"{text} {v}" for v in (1, 2, 3)]
+        rows = self.tokenizer(answers, add_special_tokens=not chat).input_ids
         question = os.path.commonprefix(rows)        # with the space, if it is a token of its own
         return question, [row[len(question)] for row in rows]
 
-    @torch.no_grad()
     def __call__(self, pairs):
         unique = sorted(set(pairs))                  # the candidates of a prompt share most labels
-        if not unique:
-            return np.zeros(0)
-        tokenized = [self.tokenize(prompt, label) for prompt, label in unique]
+        scores = {}
+        for start in range(0, len(unique), 64):      # the logits of a large vocabulary take memory
+            batch = unique[start:start + 64]
+            scores |= zip(batch, self.expected_scores(batch))
+        return np.array([scores[pair] for pair in pairs])
+
+    @torch.no_grad()
+    def expected_scores(self, pairs):
+        tokenized = [self.tokenize(prompt, label) for prompt, label in pairs]
         questions = [question for question, _ in tokenized]
         digits = [answers for _, answers in tokenized]
         last = torch.tensor([len(question) - 1 for question in questions])           # (N,)
@@ -235,11 +199,9 @@ class LabelScorer:
         mask = (torch.arange(tokens.shape[1]) <= last[:, None]).long()               # (N, L)
         device = self.model.device
         logits = self.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).logits
-        logits = logits[torch.arange(len(unique)), last].float().cpu()               # (N, V)
+        logits = logits[torch.arange(len(pairs)), last].float().cpu()               # (N, V)
         p = logits.gather(1, torch.tensor(digits)).softmax(1)                        # (N, 3)
-        expected = p @ torch.tensor([1.0, 2.0, 3.0])                                 # (N,)
-        scores = dict(zip(unique, expected.tolist()))
-        return np.array([scores[pair] for pair in pairs])
+        return (p @ torch.tensor([1.0, 2.0, 3.0])).tolist()                          # (N,)
 
 
 # ------------------------------------------------------------------------------------- rewards
@@ -260,6 +222,50 @@ def sam_reward(parts, prompts, label_scorer):
     return np.array([(s.sum() - 2 * n) / (2 * n) if n else -0.5 for s, n in zip(scores, counts)])
 
 
+NUMBERS = re.compile(r"\b(an?(?! \w+ of\b)|one|1)\b|\b(an? (?:pair|couple) of|two|2)\b|"
+                     r"\b(three|3)\b|\b(four|4)\b|\b(five|5)\b|\b(six|6)\b", re.IGNORECASE)
+
+
+def named_count(prompt, label):
+    """The number before the words of the prompt that fit a label best; None if that is not clear.
+
+    "a group of dogs" and "dogs" say no number.
+    """
+    label_words = {word.rstrip("s") for word in label.split()}
+    numbers = list(NUMBERS.finditer(prompt))
+    ends = [number.start() for number in numbers[1:]] + [len(prompt)]
+    fits = collections.defaultdict(set)              # words in common -> numbers before them
+    for number, end in zip(numbers, ends):
+        words = re.findall(r"\w+", prompt[number.end():end].lower())
+        fits[len(label_words & {word.rstrip("s") for word in words})].add(number.lastindex)
+    best = fits[max(fits)] if max(fits, default=0) else ()
+    return best.pop() if len(best) == 1 else None
+
+
+def sam_recall(parts, prompts, labels, label_scorer):
+    """How much of what a prompt names is among the parts, in [-0.5, 0.5]: (N,).
+
+    parts: N lists of (label, mask); labels: all that the segmenter knows. Those with a score above
+    2.5 are named. Of c that the prompt says n are there: min(n, c) / max(n, c). Where it says no
+    number, one is enough.
+    """
+    unique = list(dict.fromkeys(prompts))
+    scores = label_scorer([(prompt, label) for prompt in unique for label in labels])
+    named = {}
+    for prompt, row in zip(unique, scores.reshape(len(unique), -1)):
+        named[prompt] = [label for label, score in zip(labels, row) if score > 2.5]
+    recalls = []
+    for prompt, found in zip(prompts, parts):
+        present = collections.Counter(label for label, _ in found)
+        shares = []
+        for label in named[prompt]:
+            n = present[label]
+            c = named_count(prompt, label) or max(1, n)
+            shares.append(min(n, c) / max(n, c))
+        recalls.append(np.mean(shares) - 0.5 if shares else 0.0)
+    return np.array(recalls)
+
+
 def clip_reward(images, prompts, clip):
     """cos(CLIP(x), CLIP(p)): (N,)."""
     return (clip.images(images) * clip.texts(prompts)).sum(-1).cpu().numpy()
@@ -270,6 +276,7 @@ class Rewards:
     def __init__(self, cfg, clip_path, device, precision):
         dtype = precision if device.type == "cuda" else torch.float32
         self.weights = {name: weight for name, weight in zip(REWARDS, cfg.weights) if weight}
+        self.sam_score = cfg.sam_score
         self.batch_size = cfg.score_batch
         self.clip = common.ClipScorer(cfg.clip_model or clip_path, device)
         if "caption" in self.weights:
@@ -285,7 +292,11 @@ class Rewards:
         if "caption" in self.weights:
             scores["caption"] = caption_reward(self.captioner(images), prompts, self.clip)
         if "sam" in self.weights:
-            scores["sam"] = sam_reward(self.segmenter(images), prompts, self.label_scorer)
+            parts = self.segmenter(images)
+            scores["sam"] = sam_reward(parts, prompts, self.label_scorer)
+            if self.sam_score == "two-sided":
+                recall = sam_recall(parts, prompts, self.segmenter.labels, self.label_scorer)
+                scores["sam"] = (scores["sam"] + recall) / 2
         if "clip" in self.weights:
             scores["clip"] = clip_reward(images, prompts, self.clip)
         if "aesthetic" in self.weights:
@@ -360,11 +371,38 @@ def select_best(scores, weights, keep):
     return kept, best[kept]
 
 
+def select_worst(scores, weights):
+    """{reward: (P, K)} -> the worst candidate of each prompt (P,)."""
+    return aggregate_ranks(scores, weights).argmax(1)
+
+
 # ---------------------------------------------------------------------------------------- tune
-def finetune_lora(cfg, pipeline, images, prompts, n, folder, args):
+def denoising_errors(model, diffusion, x_0, t, eps, text, mask):
+    """|model(x_t, t, p) - target|^2, the mean of each image: (B,)."""
+    prediction = model(diffusion.q_sample(x_0, t, eps), t, text, mask)
+    return (prediction.float() - diffusion.target_of(x_0, t, eps)).square().mean((1, 2, 3))
+
+
+def dpo_loss(model, reference, beta, diffusion, best, worst, t, eps, text, mask):
+    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908): a scalar.
+
+        -log sigmoid(-beta T (err_w - err_w_ref - (err_l - err_l_ref)))
+
+    w, l: the best and the worst image, (B, C, S, S) each, with the same t and eps; err: errors of
+    the model, err_ref: of the reference, both in what the network predicts; beta: beta T.
+    """
+    inputs = [torch.cat([best, worst])] + [torch.cat([x, x]) for x in (t, eps, text, mask)]
+    err_w, err_l = denoising_errors(model, diffusion, *inputs).chunk(2)
+    with torch.no_grad():
+        err_w_ref, err_l_ref = denoising_errors(reference, diffusion, *inputs).chunk(2)
+    return -F.logsigmoid(-beta * (err_w - err_w_ref - (err_l - err_l_ref))).mean()
+
+
+def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None):
     """Fine-tunes pipeline.model in round n, in place: LoRA on its attention, merged at the end.
 
-    images: uint8 (N, 3, H, W), one for each of N prompts; folder: the run folder of this round.
+    images, and for dpo rejected: uint8 (N, 3, H, W), one for each of N prompts; folder: the run
+    folder of this round.
     """
     torch.manual_seed(cfg.seed + n)
     tuned = common.add_lora(copy.deepcopy(pipeline.model), cfg.rank)
@@ -389,8 +427,13 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args):
             len(x_0), pipeline.cfg.time_power, pipeline.device)                  # as for the base
         eps = torch.randn_like(x_0)
         with common.autocast(pipeline.device, pipeline.precision):
-            loss = uvit_fusion.diffusion_loss(
-                tuned, pipeline.diffusion, x_0, t, eps, text, mask)
+            if cfg.learn == "dpo":
+                worst = pipeline.encode(rejected[chosen])
+                loss = dpo_loss(tuned, pipeline.model, cfg.beta, pipeline.diffusion,
+                                x_0, worst, t, eps, text, mask)
+            else:
+                loss = uvit_fusion.diffusion_loss(
+                    tuned, pipeline.diffusion, x_0, t, eps, text, mask)
         optimizer.zero_grad()
         loss.backward()
         if cfg.grad_clip:
@@ -410,12 +453,16 @@ def save_model(cfg, pipeline, folder):
     common.save_tensors(pipeline.model.state_dict(), folder / "model.safetensors")
 
 
-def save_chosen(images, prompts, folder):
+def save_chosen(folder, **images_and_prompts):
     """Keeps what a round learns from, for a resumed run: images uint8 (N, H, W, 3), N prompts."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()           # (N, 3, H, W)
+    content = {}
+    for name, value in images_and_prompts.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value).permute(0, 3, 1, 2).contiguous()     # (N, 3, H, W)
+        content[name] = value
     with common.atomic_write(folder / "chosen.pt") as unfinished:
-        torch.save({"images": images, "prompts": prompts}, unfinished)
+        torch.save(content, unfinished)
 
 
 def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
@@ -430,6 +477,7 @@ def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
             shutil.rmtree(old)
     progress = [gain.measure(pipeline, **grading)] if grading else []
     images = []                                      # of all rounds so far
+    rejected = []
     prompts = []
     for n in range(cfg.rounds):
         round_folder = folder / f"round{n + 1}"
@@ -438,56 +486,23 @@ def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
             candidates = sample_candidates(cfg, pipeline, asked, n)              # (P, K, H, W, 3)
             scores = score(rewards, candidates, asked)                           # {reward: (P, K)}
             kept, best = select_best(scores, rewards.weights, cfg.keep)          # (M,), (M,)
-            report_round(n, scores, kept, best)
-            draw_round(rewards, candidates, scores, asked, folder / "samples" / f"round{n + 1}.png")
-            save_chosen(candidates[kept, best], [asked[i] for i in kept], round_folder)
+            worst = select_worst(scores, rewards.weights)[kept]                  # (M,)
+            gain.report_round(n, scores, kept, best)
+            order = aggregate_ranks(scores, rewards.weights).argsort(axis=1, kind="stable")
+            gain.draw_candidates(rewards, candidates, scores, order, asked,
+                                 folder / "samples" / f"round{n + 1}.png")
+            save_chosen(round_folder, images=candidates[kept, best],
+                        rejected=candidates[kept, worst], prompts=[asked[i] for i in kept])
         chosen = torch.load(round_folder / "chosen.pt", weights_only=True)
         images.append(chosen["images"])
+        rejected.append(chosen["rejected"])
         prompts += chosen["prompts"]
-        finetune_lora(cfg, pipeline, torch.cat(images), prompts, n, round_folder, args)
+        finetune_lora(cfg, pipeline, torch.cat(images), prompts, n, round_folder, args,
+                      torch.cat(rejected))
         if grading:
             progress.append(gain.measure(pipeline, **grading))
     save_model(cfg, pipeline, folder)
     return progress
-
-
-# ------------------------------------------------------------------- what is printed and drawn
-def report_round(n, scores, kept, best):
-    rows = [["mean reward", "all candidates", "learned from"]]
-    for name, values in scores.items():
-        rows.append([name, f"{values.mean():.3f}", f"{values[kept, best].mean():.3f}"])
-    common.print_table(rows, f"round {n + 1}: {len(kept)} images to learn from")
-
-
-def outline(image, masks, scale):
-    """An image, `scale` times as large, with the border of each mask in black."""
-    image = image.repeat(scale, 0).repeat(scale, 1)
-    for mask in masks:
-        mask = np.pad(mask.repeat(scale, 0).repeat(scale, 1), 1)
-        inner = mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
-        image[mask[1:-1, 1:-1] & ~inner] = 0
-    return image
-
-
-def draw_round(rewards, candidates, scores, prompts, path, rows=4):
-    """A grid of candidates, a row a prompt, the best at the left, with caption, parts, rewards."""
-    images = []
-    texts = []
-    order = aggregate_ranks(scores, rewards.weights).argsort(axis=1, kind="stable")      # (P, K)
-    scale = max(1, 96 // candidates.shape[2])
-    for i in range(min(rows, len(prompts))):
-        ranked = candidates[i, order[i]]                                           # (K, H, W, 3)
-        captions = [""] * len(ranked)
-        parts = [[]] * len(ranked)
-        if "caption" in rewards.weights:
-            captions = rewards.captioner(ranked)
-        if "sam" in rewards.weights:
-            parts = rewards.segmenter(ranked)
-        for place, k in enumerate(order[i]):
-            images.append(outline(ranked[place], [mask for _, mask in parts[place]], scale))
-            values = ", ".join(f"{name} {scores[name][i, k]:.2f}" for name in scores)
-            texts.append(f"{place + 1}. {captions[place]} ({values})")
-    common.image_grid(images, texts, path, candidates.shape[1], titles=prompts[:rows])
 
 
 # ---------------------------------------------------------------------------------------- main

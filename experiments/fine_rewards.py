@@ -1,18 +1,23 @@
-"""Fine-grained rewards: which of them teaches what, and which mistakes each of them notices.
+"""Fine-grained rewards: which of them chooses right images, which teaches what, and the mistakes.
 
-    python -m experiments.fine_rewards compare --prompts 300 --steps 150 --samples 1024   # 12 min
+    python -m experiments.fine_rewards choose --samples 300      # no training: 3 min
+    python -m experiments.fine_rewards compare --prompts 300 --steps 150 --samples 1024   # 15 min
     python -m experiments.fine_rewards analyse --samples 256
 
-compare fine-tunes the same base with the same budget, on images selected in different ways. Each
-run stands in <out>/<variant>/. A finished run is kept and an interrupted one goes on, so the
-command can be given again. analyse counts how often a reward puts the right caption of a rendered
-image above one that is wrong in a single field. Equals count a half: 50 % is chance.
+choose lets each reward choose one of K candidates of the base for each prompt of two groups, and
+has the judge grade them. compare fine-tunes the same base with the same budget, on images selected
+in different ways. Each run stands in <out>/<variant>/. A finished run is kept and an interrupted
+one goes on, so the command can be given again. analyse counts how often a reward puts the right
+caption of a rendered image above one that is wrong in a single field. Equals count a half: 50 % is
+chance.
 
-Both print a table and write results.json into <out>.
+All print a table and write results.json into <out>. Settings were chosen with `--first 2048`, on
+held-out captions that no table reports.
 """
 import argparse
 import copy
 import dataclasses
+import math
 import random
 from pathlib import Path
 
@@ -22,19 +27,83 @@ import torch
 import common
 import fine_rewards
 from common import UserError
+from experiments.fusion import seed_interval
 from fine_rewards import PRESETS, Config, Rewards, aggregate_ranks
 from toy import gain, judge, shapes
 
-# weights of the caption, SAM, CLIP and aesthetic ranks; None: the settings', if any are needed
-VARIANTS = {
-    "real_pictures": None,                           # of the data set, nothing is generated
-    "random": None,                                  # generated, selected at random
-    "clip_only": (0.0, 0.0, 1.0, 0.0),
-    "caption_only": (1.0, 0.0, 0.0, 0.0),
-    "sam_only": (0.0, 1.0, 0.0, 0.0),
-    "sum": None,                                     # of standardised rewards, not of ranks
-    "rank_sum": None,                                # as fine_rewards.py does
+# weights of the ranks by each reward; sam_two_sided is `--sam-score two-sided`
+CHOICES = {
+    "caption_sam": {"caption": 1, "sam": 1},         # the paper's own pair
+    "caption": {"caption": 1},
+    "sam": {"sam": 1},
+    "clip": {"clip": 1},
+    "caption_clip": {"caption": 1, "clip": 1},
+    "sam_quarter": {"caption": 1, "sam": 0.25, "clip": 1},
+    "sam_half": {"caption": 1, "sam": 0.5, "clip": 1},                     # the toy preset's
+    "sam_whole": {"caption": 1, "sam": 1, "clip": 1},
+    "sam_two_sided": {"sam_two_sided": 1},
+    "caption_sam_two_sided": {"caption": 1, "sam_two_sided": 1},
+    "sam_half_two_sided": {"caption": 1, "sam_two_sided": 0.5, "clip": 1},
+    "sam_whole_two_sided": {"caption": 1, "sam_two_sided": 1, "clip": 1},
 }
+
+# settings that are changed; weights are of the ranks by caption, SAM, CLIP and aesthetic reward
+VARIANTS = {
+    "real_pictures": {},                             # of the data set, nothing is generated
+    "random": {},                                    # generated, selected at random
+    "clip_only": {"weights": (0.0, 0.0, 1.0, 0.0)},
+    "caption_only": {"weights": (1.0, 0.0, 0.0, 0.0)},
+    "sam_only": {"weights": (0.0, 1.0, 0.0, 0.0)},
+    "caption_sam": {"weights": (1.0, 1.0, 0.0, 0.0)},                 # the paper's own pair
+    "sum": {},                                       # of standardised rewards, not of ranks
+    "dpo": {"learn": "dpo", "lr": 2e-4},             # the best against the worst, by rank
+    "rank_sum": {},                                  # as fine_rewards.py does
+}
+
+
+# ------------------------------------------------------------------------------------------ choose
+def choose(cfg, args, folder):
+    """Which share of the images that each reward chooses is right, and how many things they show.
+
+    Chosen are one of K candidates for each of args.samples held-out captions of two groups.
+    """
+    pipeline, data, _ = fine_rewards.load_base(cfg, args)
+    scenes, captions, _ = gain.held_out(data, 2048, args.first)
+    chosen = [i for i, scene in enumerate(scenes) if scene.relation][:args.samples]
+    prompts = [captions[i] for i in chosen]
+    candidates = fine_rewards.sample_candidates(cfg, pipeline, prompts, 0)      # (P, K, H, W, 3)
+    scores = {}
+    for name, kind, weights in (("", "one-sided", (1.0, 1.0, 1.0, 0.0)),
+                                ("_two_sided", "two-sided", (0.0, 1.0, 0.0, 0.0))):
+        settings = dataclasses.replace(cfg, sam_score=kind, weights=weights)
+        rewards = Rewards(settings, pipeline.cfg.clip, pipeline.device, pipeline.precision)
+        of_kind = fine_rewards.score(rewards, candidates, prompts)
+        scores |= {f"{reward}{name}": values for reward, values in of_kind.items()}
+    things = [judge.parse(images) for images in candidates]                     # P x K lists
+    right = np.array([[judge.judge(found, scenes[i])["all"] for found in row]
+                      for i, row in zip(chosen, things)])                       # (P, K) bool
+    counts = np.array([[len(found) for found in row] for row in things])        # (P, K)
+
+    verdicts = {"random": right.mean(1), "oracle": right.max(1)}
+    shown = {"random": counts.mean(), "oracle": math.nan}
+    rows = np.arange(len(prompts))
+    for name, weights in CHOICES.items():
+        used = {reward: scores[reward] for reward in weights}
+        best = aggregate_ranks(used, weights).argmin(1)
+        verdicts[name] = right[rows, best]
+        shown[name] = counts[rows, best].mean()
+    named = np.mean([sum(group.count for group in scenes[i].groups) for i in chosen])
+    table = [["chosen by", "right, %", "+-", "things"]]
+    figures = gain.diversity(candidates.reshape(-1, *candidates.shape[2:]), rewards.clip,
+                             each=cfg.candidates)
+    figures = {name: float(values.mean()) for name, values in figures.items()}
+    for name, values in verdicts.items():
+        share = common.percent(name, values)
+        table.append([name, *share.values(), f"{shown[name]:.2f}"])
+        figures |= share | {f"{name}_things": float(shown[name])}
+    common.print_table(table, f"{len(prompts)} prompts, {cfg.candidates} candidates of each; the "
+                       f"prompts name {named:.2f} things; diversity {figures['diversity']:.3f}")
+    common.write_results(folder, figures | {"named_things": float(named)})
 
 
 # ------------------------------------------------------------------------------------------ compare
@@ -80,7 +149,7 @@ def finetune_on_real_images(cfg, pipeline, dataset, folder, args):
 
 def train_variant(name, cfg, dataset, folder, args):
     """Fine-tunes the base in one way; returns its pipeline."""
-    pipeline, _, cfg = fine_rewards.load_base(cfg, args)
+    pipeline, _, cfg = fine_rewards.load_base(dataclasses.replace(cfg, **VARIANTS[name]), args)
     args = copy.copy(args)
     args.resume = not args.overwrite and any(folder.rglob("state.pt"))
     if name == "real_pictures":
@@ -89,8 +158,6 @@ def train_variant(name, cfg, dataset, folder, args):
     if name == "random":
         rewards = RandomReward(cfg.seed)
     else:
-        weights = VARIANTS[name] or cfg.weights
-        cfg = dataclasses.replace(cfg, weights=weights)
         rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
     if name == "sum":
         rewards = SumOfRewards(rewards)
@@ -98,32 +165,55 @@ def train_variant(name, cfg, dataset, folder, args):
     return pipeline
 
 
+def measure_seeds(name, start, cfg, dataset, data, folder, args):
+    """Trains a variant with each seed: the means of what `gain.measure` finds, and variety lost."""
+    runs = []
+    lost = []
+    for seed in range(args.seeds):
+        run_folder = folder / (f"{name}_seed{seed}" if seed else name)
+        seeded = dataclasses.replace(cfg, seed=cfg.seed + seed)
+        pipeline = train_variant(name, seeded, dataset, run_folder, args)
+        runs.append(gain.measure(
+            pipeline, data, args.samples, first=args.first, steps=cfg.sample_steps))
+        lost.append(gain.variety_lost(start, runs[-1]))
+    measured = {key: np.mean([run[key] for run in runs], axis=0) for key in start}
+    if args.seeds == 1:
+        return measured | lost[0]                    # with an interval over captions
+    values = [run["variety_lost_percent"] for run in lost]
+    return measured | {"variety_lost_percent": float(np.mean(values)),
+                       "variety_lost_percent_ci": seed_interval(values)}
+
+
 def compare(cfg, args, folder):
-    """Trains all variants and grades them on the same captions and noise."""
+    """Trains the variants and grades them on the same captions and noise."""
     base, data, _ = fine_rewards.load_base(cfg, args)
     dataset = common.CaptionedImages(data, "train", base.image_size)
     measures = ("distance", "diversity", "clip_diversity")
-    rows = [["all right, %", "", "+-", "gain", "+-", *measures]]
+    rows = [["all right, %", "", "+-", "gain", "+-", *measures, "variety lost, %", "+-"]]
+    start = gain.measure(base, data, args.samples, first=args.first, steps=cfg.sample_steps)
+    all_right = {}
     figures = {}
-    right = {}
-    for name in ("start", *VARIANTS):
-        pipeline = base
-        if name != "start":
-            pipeline = train_variant(name, cfg, dataset, folder / name, args)
-        measured = gain.measure(pipeline, data, args.samples, steps=cfg.sample_steps)
-        right[name] = measured["right"]
-        share = common.percent(name, right[name])
-        gained = common.percent("gain", right[name] - right["start"])
-        figures |= share | {f"{name}_{measure}": measured[measure] for measure in measures}
+    for name in ("start", *args.variants):
+        if name == "start":
+            measured = start | gain.variety_lost(start, start)
+        else:
+            measured = measure_seeds(name, start, cfg, dataset, data, folder, args)
+        all_right[name] = measured["right"]
+        share = common.percent(name, measured["right"])
+        gained = common.percent("gain", measured["right"] - start["right"])
+        lost = {key: measured[key] for key in ("variety_lost_percent", "variety_lost_percent_ci")}
+        means = {measure: float(np.mean(measured[measure])) for measure in measures}
+        figures |= share
+        figures |= {f"{name}_{key}": value for key, value in (gained | lost | means).items()}
         rows.append([name, *share.values(), *gained.values()])
-        rows[-1] += [f"{measured[measure]:.4f}" for measure in measures]
+        rows[-1] += [f"{value:.4f}" for value in means.values()] + list(lost.values())
         common.write_results(folder, figures)
-    over_random = right["rank_sum"] - right["random"]
-    common.write_results(folder, common.percent("gain_over_random", over_random))
-    common.print_table(rows, f"{folder}: {args.samples} held-out captions")
-    for name, verdicts in right.items():
-        points, interval = common.percent("gain", right["rank_sum"] - verdicts).values()
-        print(f"rank_sum is ahead of {name} by {points:.1f} +- {interval:.1f} points")
+    common.print_table(rows, f"{folder}: {args.samples} held-out captions, {args.seeds} seeds")
+    for name, right in all_right.items():
+        ahead = common.percent(f"ahead_of_{name}", measured["right"] - right)
+        common.write_results(folder, ahead)
+        points, interval = ahead.values()
+        print(f"{args.variants[-1]} is ahead of {name} by {points:.1f} +- {interval:.1f} points")
 
 
 # ------------------------------------------------------------------------------------------ analyse
@@ -132,13 +222,13 @@ def analyse(cfg, args, folder):
     pipeline, data, _ = fine_rewards.load_base(cfg, args)
     rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
     dataset = common.CaptionedImages(data, "val", pipeline.image_size)
-    scenes, captions, _ = judge.validation_scenes(data, args.samples)
+    scenes, captions, _ = gain.held_out(data, args.samples, args.first)
     rng = random.Random(0)
     figures = {}
     rows = [["right above wrong, %", *rewards.weights, "all"]]
     for field in ("count", "colour", "shape", "relation"):
         chosen = [i for i, scene in enumerate(scenes) if scene.relation or field != "relation"]
-        images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in chosen])
+        images = np.stack([dataset.image(args.first + i).permute(1, 2, 0).numpy() for i in chosen])
         wrong = [shapes.sentence(shapes.change_field(scenes[i], field, rng), rng) for i in chosen]
         of_right = rewards(images, [captions[i] for i in chosen])
         of_wrong = rewards(images, wrong)
@@ -154,20 +244,29 @@ def analyse(cfg, args, folder):
     common.write_results(folder, figures)
 
 
+EXPERIMENTS = {"choose": choose, "compare": compare, "analyse": analyse}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=["compare", "analyse"])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions or images (default %(default)s)")
-    common.add_training_flags(parser, "default runs/rewards_compare, runs/rewards_analyse")
+    parser.add_argument("--first", type=int, default=0,
+                        help="number of the first of them (2048: to choose settings by)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        help="compare: those to train (default: all)")
+    parser.add_argument("--seeds", type=common.positive, default=1,
+                        help="compare: trainings of each variant")
+    common.add_training_flags(
+        parser, "default runs/rewards_choose, runs/rewards_compare, runs/rewards_analyse")
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
         raise UserError("--data: the judge knows the toy world only: leave it out")
     folder = Path(args.out or f"runs/rewards_{args.experiment}")
-    experiment = compare if args.experiment == "compare" else analyse
-    experiment(cfg, args, folder)
+    EXPERIMENTS[args.experiment](cfg, args, folder)
 
 
 if __name__ == "__main__":

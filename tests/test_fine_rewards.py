@@ -1,4 +1,5 @@
 """Fine-grained rewards: how ranks choose, what each reward is, what a round learns, and a run."""
+import dataclasses
 import json
 import math
 import shutil
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers.pipelines
+import transformers
 from conftest import make_coco, refused, run, save_run, tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
+from transformers.utils import import_utils
 
 import common
 import fine_rewards
 import sample
+import segmenter
 import uvit_fusion
 from autoencoder import Autoencoder
 from common import UserError
@@ -86,11 +89,11 @@ def test_each_candidate_is_scored_against_its_own_prompt():
 TRANSFORMER = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
 
 
-def save(folder, model_class, config, processor):
+def save(folder, model_class, config, processor, noise=0.2):
     torch.manual_seed(3)
     model = model_class(config)
     for parameter in model.parameters():    # as initialized most say the same of every image
-        parameter.data += 0.2 * torch.randn_like(parameter)
+        parameter.data += noise * torch.randn_like(parameter)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -201,6 +204,20 @@ def test_a_label_scores_its_expectation_over_1_2_3_as_the_next_token(tmp_path, s
     assert len(rows[0]) - len(scorer.tokenize(prompt, label)[0]) == 1
 
 
+def test_a_chat_model_is_asked_in_its_own_template(world):
+    scorer = fine_rewards.LabelScorer(str(world / "llm"), "a {label} in {prompt}", CPU,
+                                      torch.float32)
+    plain, _ = scorer.tokenize("a disc", "a horse")
+    assert scorer.tokenizer.decode(plain).split()[:3] == ["<|start|>", "a", "a"]
+    scorer.tokenizer.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>it:{% endif %}")
+    question, answers = scorer.tokenize("a disc", "a horse")
+    text = scorer.tokenizer.decode(question)
+    assert text.replace(" ", "") == "<|start|>user:aahorseinadisc<|end|><|start|>it:"
+    assert [scorer.tokenizer.decode(answer).strip() for answer in answers] == ["1", "2", "3"]
+
+
 # --------------------------------------------------------------------------------------- parts
 @pytest.mark.parametrize("names, side", [(("background", *LABELS), 32), (("sky", *LABELS), 24)])
 def test_parts_are_the_connected_areas_of_the_segmenters_labels(tmp_path, names, side):
@@ -224,34 +241,197 @@ def test_parts_are_the_connected_areas_of_the_segmenters_labels(tmp_path, names,
 
 
 def test_a_mask_of_sam_has_the_label_of_most_of_its_pixels(world):
-    segmenter = fine_rewards.Segmenter(world / "segmenter", CPU, min_part=0.01)
-    labels = np.zeros((20, 20), int)                  # 0 is the background, class i is i + 1
-    labels[:10, :10] = 2
-    labels[:10, 10:] = 4
+    names_parts = segmenter.Segmenter(world / "segmenter", CPU, min_part=0.01)
+    labels = np.zeros((20, 20), int)                  # 0 is the background
+    labels[:10, :10] = 1
+    labels[:10, 10:] = 3
     masks = np.zeros((4, 20, 20), bool)
     masks[0, :10, :13] = True
     masks[1, :10, 8:] = True
     masks[2, 5:] = True                               # mostly background
     masks[3, 0, :3] = True                            # a speck
-    segmenter.label_maps = lambda images: labels[None]
-    segmenter.sam = lambda image: list(masks)
-    [parts] = segmenter(np.zeros((1, 20, 20, 3), np.uint8))
+    areas = [(i, labels == i) for i in (0, 1, 3)]
+    names_parts.connected_areas = lambda images: [areas]
+    names_parts.sam = lambda image: masks
+    [parts] = names_parts(np.zeros((1, 20, 20, 3), np.uint8))
     assert [name for name, _ in parts] == [LABELS[0], LABELS[2]]
     assert np.array_equal([mask for _, mask in parts], masks[:2])
 
 
-def test_sam_finds_masks_by_the_mask_generation_of_transformers(monkeypatch):
-    def pipeline(task, model, image_processor, device):
-        assert (task, model, image_processor) == ("mask-generation", "model", "processor")
-        return lambda image: {"masks": [torch.ones(24, 24) > 0], "scores": [0.9]}
-    monkeypatch.setattr(common, "load_pretrained", lambda *names: ("model", "processor"))
-    monkeypatch.setattr(transformers, "pipeline", pipeline)
-    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: True)
-    [mask] = fine_rewards.SamMasks("sam", CPU)(some_images(1)[0])
-    assert np.array_equal(mask, np.ones((24, 24), bool))
-    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: False)
-    with pytest.raises(UserError, match="pip install torchvision"):
-        fine_rewards.SamMasks("sam", CPU)
+def save_sam(folder):
+    size = dict(hidden_size=16, image_size=64, patch_size=4)
+    config = transformers.SamConfig(
+        vision_config=size | dict(output_channels=16, num_hidden_layers=1, num_attention_heads=2,
+                                  mlp_dim=16, global_attn_indexes=[0], num_pos_feats=8),
+        prompt_encoder_config=size | dict(mask_input_channels=4),
+        mask_decoder_config=dict(hidden_size=16, mlp_dim=16, num_hidden_layers=1,
+                                 num_attention_heads=2, iou_head_hidden_dim=16))
+    side = {"height": 64, "width": 64}
+    save(folder, transformers.SamModel, config, transformers.SamImageProcessorPil(
+        size={"longest_edge": 64}, pad_size=side), noise=0.7)
+
+
+def iou_of(a, b):
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_sams_masks_are_filtered_small_and_only_those_kept_are_enlarged(tmp_path, monkeypatch):
+    save_sam(tmp_path)
+    sam = segmenter.SamMasks(tmp_path, CPU)
+    assert (sam.POINTS, sam.BATCH, sam.PREDICTED_IOU, sam.STABILITY) == (32, 64, 0.88, 0.95)
+    image = some_images(1, 48)[0]
+    sam.POINTS = 6
+    points = torch.tensor([[(x + 0.5) * 64 / 6, (y + 0.5) * 64 / 6]
+                           for x in range(6) for y in range(6)])
+    pixels = sam.processor(images=image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        found = sam.model(pixel_values=pixels, input_points=points[None, :, None])
+    logits = found.pred_masks[0].flatten(0, 1)                                  # (108, 16, 16)
+    iou = found.iou_scores[0].flatten()
+    stable = torch.tensor([(x > 1).sum() / max(1, (x > -1).sum()) for x in logits])
+    sam.PREDICTED_IOU = iou.quantile(0.3).item()      # of random weights, so all rules bite
+    sam.STABILITY = stable.quantile(0.3).item()
+    kept = []
+    for i in iou.argsort(descending=True).tolist():
+        good = iou[i] > sam.PREDICTED_IOU and stable[i] > sam.STABILITY
+        if good and all(iou_of(logits[i] > 0, logits[j] > 0) <= 0.7 for j in kept):
+            kept.append(i)
+    large = F.interpolate(logits[kept][None], (48, 48), mode="bilinear")[0] > 0
+    interpolate = F.interpolate
+    enlarged = []
+
+    def count(x, *more, **options):
+        enlarged.append(x.shape[1])
+        return interpolate(x, *more, **options)
+    sam.BATCH = 5
+    monkeypatch.setattr(F, "interpolate", count)
+    masks = sam(image)
+    assert 1 < len(kept) < 60 and enlarged[-1] == len(kept) and max(enlarged) <= 16
+    assert len(masks) == len(kept) and np.mean(masks != large.numpy()) < 0.01
+    sam.STABILITY = 1.1
+    assert sam(image).shape == (0, 48, 48)
+
+
+def test_of_masks_that_overlap_the_best_is_kept():
+    masks = torch.zeros(4, 4, 10, dtype=torch.bool)
+    for mask, stop in zip(masks, (10, 8, 7, 3)):      # IoU 0.8, 0.7 and 0.3 with the first
+        mask[:, :stop] = True
+    scores = torch.tensor([0.93, 0.92, 0.95, 0.9])
+    assert segmenter.suppress(masks, scores).tolist() == [2, 0, 3]   # 7/8 > 0.7, but not 7/10
+    assert segmenter.suppress(masks[:0], scores[:0]).tolist() == []
+    x = torch.tensor([[[2.0, 0.5, -0.5, -2.0]]])
+    assert segmenter.stability(x).item() == pytest.approx(1 / 3)
+
+
+# --------------------------------------------------------------------------- universal segmenters
+PANOPTIC = ("person", "dog", "sky-other-merged")
+
+
+def universal(family, folder):
+    """Saves a small random Mask2Former, OneFormer or EoMT that knows the labels PANOPTIC."""
+    labels = dict(id2label=dict(enumerate(PANOPTIC)),
+                  label2id={name: i for i, name in enumerate(PANOPTIC)})
+    side = {"height": 32, "width": 32}
+    if family == "eomt":
+        config = transformers.EomtConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4,
+            num_blocks=1, num_queries=6, num_upscale_blocks=1, num_register_tokens=1, mlp_ratio=1,
+            **labels)
+        save(folder, transformers.EomtForUniversalSegmentation, config,
+             transformers.EomtImageProcessorPil(
+                 size={"shortest_edge": 32, "longest_edge": 32}, do_pad=True))
+        return
+    swin = transformers.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2],
+        window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"])
+    small_decoder = dict(
+        backbone_config=swin, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
+        decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=6, **labels)
+    if family == "mask2former":
+        config = transformers.Mask2FormerConfig(
+            feature_size=32, mask_feature_size=32, **small_decoder)
+        save(folder, transformers.Mask2FormerForUniversalSegmentation, config,
+             transformers.Mask2FormerImageProcessorPil(size=side))
+        return
+    config = transformers.OneFormerConfig(
+        conv_dim=32, mask_dim=32, query_dec_layers=1, is_training=False, **small_decoder)
+    classes = {str(i): {"name": name, "isthing": int(i < 2)} for i, name in enumerate(PANOPTIC)}
+    folder.mkdir()
+    (folder / "classes.json").write_text(json.dumps(classes))
+    images = transformers.OneFormerImageProcessorPil(
+        size=side, repo_path=str(folder), class_info_file="classes.json", num_text=1)
+    tokenizer = train_tokenizer(["the task is panoptic"], 300, 77)
+    save(folder, transformers.OneFormerForUniversalSegmentation, config,
+         transformers.OneFormerProcessor(images, tokenizer))
+
+
+@pytest.mark.parametrize("family", ["mask2former", "oneformer", "eomt"])
+def test_universal_segmenters_load_without_scipy_and_name_each_segment(
+        tmp_path, monkeypatch, family):
+    universal(family, tmp_path / family)
+    missing = (lambda: False, "{0} needs scipy")
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "scipy", missing)
+    finder = segmenter.Segmenter(tmp_path / family, CPU, min_part=0.01)
+    assert finder.labels == ["person", "dog", "sky"] and finder.sure == 0.8
+    images = some_images(3, 40)
+    finder.sure = 1.0
+    assert finder(images) == [[], [], []]
+    finder.sure = 0.3                                 # random models are sure of little
+    outputs = []
+    finder.model.register_forward_hook(lambda model, given, output: outputs.append(output))
+    found = finder(images)
+    assert len(found) == 3 and any(found)
+    for n, parts in enumerate(found):
+        expected = []
+        p = outputs[0].class_queries_logits[n].softmax(-1)
+        logits = outputs[0].masks_queries_logits[n:n + 1]
+        masks = F.interpolate(logits, (40, 40), mode="bilinear")[0].sigmoid()
+        queries = [q for q in range(len(p)) if p[q].max() > 0.3 and p[q].argmax() < 3]
+        for q in queries:
+            rivals = torch.stack([p[r].max() * masks[r] for r in queries])
+            visible = (masks[q] > 0.5) & (p[q].max() * masks[q] == rivals.max(0).values)
+            if visible.sum() > 0.8 * (masks[q] > 0.5).sum() and visible.float().mean() >= 0.01:
+                expected.append((finder.labels[p[q].argmax()], visible.numpy().tobytes()))
+        assert [(name, mask.tobytes()) for name, mask in parts] == expected
+
+
+# --------------------------------------------------------------------------------- two-sided score
+@pytest.mark.parametrize("prompt, label, number", [
+    ("two red circles above a blue square", "red circle", 2),
+    ("two red circles above a blue square", "blue square", 1),
+    ("a pair of dogs beside 3 cats", "dog", 2), ("a pair of dogs beside 3 cats", "cat", 3),
+    ("A man on a horse", "horse", 1), ("a group of dogs on grass", "dog", None),
+    ("dogs on grass", "dog", None), ("two men", "person", None), ("", "dog", None),
+    ("two red circles above a blue circle", "green circle", None)])
+def test_the_number_of_a_label_is_read_from_the_prompt(prompt, label, number):
+    assert fine_rewards.named_count(prompt, label) == number
+
+
+def test_two_sided_scores_also_ask_for_what_the_prompt_names():
+    certain = {("two dogs and a cat", "dog"), ("two dogs and a cat", "cat"), ("dogs", "dog")}
+    labels = ["dog", "cat", "bus"]
+
+    def score_labels(pairs):
+        return np.array([2.6 if pair in certain else 2.4 for pair in pairs])
+    parts = [parts_of("dog", "dog", "cat", "bus"), parts_of("dog"), parts_of("dog"), parts_of(),
+             parts_of("dog", "dog", "dog", "cat"), parts_of("dog", "dog")]
+    prompts = ["two dogs and a cat"] * 2 + ["dogs", "dogs", "two dogs and a cat", "a boat"]
+    recalls = fine_rewards.sam_recall(parts, prompts, labels, score_labels)
+    assert np.allclose(recalls, [0.5, 0.25 - 0.5, 0.5, -0.5, (2 / 3 + 1) / 2 - 0.5, 0])
+
+
+def test_the_two_sided_reward_is_the_mean_of_both_sides(world, clip_folder):
+    cfg = small(world, weights=(0.0, 1.0, 0.0, 0.0))
+    images = some_images(4)
+    scores = {}
+    for kind in ("one-sided", "two-sided"):
+        rewards = Rewards(dataclasses.replace(cfg, sam_score=kind), clip_folder, CPU, torch.float32)
+        rewards.label_scorer = lambda pairs: np.array([1.0 + len(p) % 2 + len(b) % 2
+                                                       for p, b in pairs])
+        scores[kind] = rewards(images, PROMPTS)["sam"]
+    recall = fine_rewards.sam_recall(
+        rewards.segmenter(images), PROMPTS, LABELS, rewards.label_scorer)
+    assert np.allclose(scores["two-sided"], (scores["one-sided"] + recall) / 2) and recall.any()
 
 
 # ------------------------------------------------------------------------------ sample and tune
@@ -332,6 +512,53 @@ def test_lora_begins_as_the_model_and_learns_each_image_under_its_prompt_or_none
     assert sorted(i for i, _ in pairs) == sorted(8 * list(range(6)))                # evenly
 
 
+def test_dpo_compares_errors_with_those_of_the_reference(clip_folder):
+    base = tiny_pipeline(clip_folder)
+    other = tiny_pipeline(clip_folder, seed=1)
+    torch.manual_seed(0)
+    best, worst, eps = torch.randn(3, 3, 3, 8, 8)
+    t = torch.tensor([100, 500, 900])
+    text, mask = base.text_encoder(PROMPTS[:3])
+    inputs = (base.diffusion, best, worst, t, eps, text, mask)
+    losses = []
+    for i in range(3):
+        error = {}
+        for name, network in (("model", other.model), ("ref", base.model)):
+            for image, x_0 in (("w", best), ("l", worst)):
+                row = slice(i, i + 1)
+                error[name, image] = uvit_fusion.diffusion_loss(
+                    network, base.diffusion, x_0[row], t[row], eps[row], text[row], mask[row])
+        ahead = (error["model", "w"] - error["ref", "w"]
+                 - error["model", "l"] + error["ref", "l"])
+        losses.append(math.log1p(math.exp(5 * ahead)))
+    loss = fine_rewards.dpo_loss(other.model, base.model, 5.0, *inputs)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-4)
+    same = fine_rewards.dpo_loss(base.model, base.model, 5.0, *inputs)
+    assert same.item() == pytest.approx(math.log(2))
+
+
+def test_dpo_learns_the_best_against_the_worst(world, tmp_path):
+    base = load_base(world)
+    start = load_base(world)
+    images = torch.from_numpy(some_images(6)).permute(0, 3, 1, 2).contiguous()
+    best, worst = images.split(3)
+    cfg = small(world, learn="dpo", steps=30, lr=0.05, beta=10.0, caption_dropout=0.0)
+    finetune_lora(cfg, base, best, PROMPTS[:3], 0, tmp_path, NEW, worst)
+    text, mask = base.text_encoder(PROMPTS[:3])
+    changes = []
+    for x in (best, worst):
+        x_0 = common.to_float(x)
+        errors = []
+        for network in (base.model, start.model):
+            torch.manual_seed(0)
+            rows = [uvit_fusion.diffusion_loss(
+                network, base.diffusion, x_0, torch.full((3,), t), torch.randn_like(x_0), text,
+                mask).item() for t in (300, 600, 900)]
+            errors.append(np.mean(rows))
+        changes.append(errors[0] - errors[1])
+    assert changes[0] < changes[1] - 1e-4
+
+
 # ------------------------------------------------------------------------------------ a whole run
 @pytest.fixture(scope="module")
 def whole(world, rewards, dataset):
@@ -356,6 +583,9 @@ def test_a_round_learns_the_best_of_each_prompt_and_from_all_rounds_so_far(
         assert chosen["prompts"] == [asked[i] for i in kept] and len(kept) == 3
         learned = chosen["images"].permute(0, 2, 3, 1).numpy()
         assert np.allclose(learned, candidates[kept, best], atol=1)
+        worst = aggregate_ranks(score(rewards, candidates, asked), rewards.weights).argmax(1)
+        rejected = chosen["rejected"].permute(0, 2, 3, 1).numpy()
+        assert np.allclose(rejected, candidates[kept, worst[kept]], atol=1)
         images.append(chosen["images"])
         prompts += chosen["prompts"]
         finetune_lora(cfg, model, torch.cat(images), prompts, n, tmp_path / str(n), NEW)
@@ -428,12 +658,14 @@ def test_a_training_ends_with_what_was_gained(world):
     assert status == 0 and "mean reward" in out, errors
     figures = results(world / "graded")
     expected = {"distance_start", "distance_final", "seconds", "commit", "machine", "command"}
-    for name in ("start", "final", "gain", "start_own"):
+    for name in ("start", "final", "gain", "start_own", "variety_lost_percent"):
         expected |= {name, f"{name}_ci"}
     for name in ("diversity", "clip_diversity"):
         expected |= {f"{name}_start", f"{name}_final", f"{name}_real"}
     assert set(figures) == expected and (world / "graded" / "rewards.png").exists()
     assert figures["gain"] == pytest.approx(figures["final"] - figures["start"], abs=0.01)
+    lost = 1 - figures["diversity_final"] / figures["diversity_start"]
+    assert figures["variety_lost_percent"] == pytest.approx(100 * lost, abs=0.01)
     assert sample.load_run(world / "graded", "cpu", "fp32").cfg.guidance == 2
     refused(command(world, "--train", out="graded"), "graded/ holds a run already", "--resume")
 
@@ -474,9 +706,17 @@ def test_diversity_is_the_mean_distance_between_images_of_a_caption(rewards):
         rms.append(np.square(pixels[c, i] - pixels[c, j]).mean()**0.5)
         cosine.append(1 - F.cosine_similarity(features[c, i], features[c, j], dim=0).item())
     found = gain.diversity(images, rewards.clip, each=3)
-    assert found["diversity"] == pytest.approx(np.mean(rms), rel=1e-3)
-    assert found["clip_diversity"] == pytest.approx(np.mean(cosine), rel=1e-3)
-    assert max(gain.diversity(images[[0, 0, 1, 1]], rewards.clip, each=2).values()) < 1e-5
+    assert found["diversity"] == pytest.approx(np.reshape(rms, (2, 3)).mean(1), rel=1e-3)
+    assert found["clip_diversity"] == pytest.approx(np.reshape(cosine, (2, 3)).mean(1), rel=1e-3)
+    for values in gain.diversity(images[[0, 0, 1, 1]], rewards.clip, each=2).values():
+        assert values.max() < 1e-5
+
+
+def test_variety_lost_is_a_share_of_what_there_was():
+    start = {"diversity": np.array([0.2, 0.3])}
+    lost = gain.variety_lost(start, {"diversity": np.array([0.19, 0.26])})
+    assert lost["variety_lost_percent"] == pytest.approx(10)           # 0.05 of 0.5
+    assert lost["variety_lost_percent_ci"] == pytest.approx(1.96 * 6 / 2**0.5)
 
 
 def test_the_sum_of_rewards_weighs_standardised_rewards(monkeypatch, rewards):
@@ -488,18 +728,55 @@ def test_the_sum_of_rewards_weighs_standardised_rewards(monkeypatch, rewards):
     assert summed["sum"] == pytest.approx([-0.5, 0.5])
 
 
-def test_all_ways_to_select_are_compared_and_what_is_finished_is_kept(world, monkeypatch):
+def test_each_reward_chooses_and_the_judge_says_whether_it_is_right(world, monkeypatch):
+    def read(self, images, prompts):                  # the more red, the better, but for one
+        red = images[..., 0].mean((1, 2)).astype(float)
+        return {name: -red if name == "clip" else red for name in self.weights}
+    monkeypatch.setattr(Rewards, "__call__", read)
+    monkeypatch.setattr(judge, "judge", lambda things, scene: {"all": things == "most"})
+
+    def parse(images):
+        return ["most" if i == images[..., 0].mean((1, 2)).argmax() else "none"
+                for i in range(len(images))]
+    monkeypatch.setattr(judge, "parse", parse)
+    flags = ["choose", "--samples", 3, "--candidates", 4]
+    status, out, errors = command(world, *flags, script="experiments.fine_rewards", out="chosen")
+    assert status == 0 and "things" in out, errors
+    figures = results(world / "chosen")
+    for name in experiments.CHOICES:
+        assert {f"{name}_ci", f"{name}_things"} <= set(figures)
+    found = [figures[name] for name in ("random", "oracle", "caption", "caption_sam", "clip")]
+    assert found == [25, 100, 100, 100, 0]
+
+
+def test_all_ways_to_learn_are_compared_and_what_is_finished_is_kept(world, monkeypatch):
     flags = ["compare", "--rounds", 1, "--steps", 1, "--prompts", 2]
     script = "experiments.fine_rewards"
     status, out, errors = command(world, *flags, script=script, out="compared")
     assert status == 0, errors
     figures = results(world / "compared")
-    for name in ("start", *experiments.VARIANTS, "gain_over_random"):
-        assert {name, f"{name}_ci"} <= set(figures)
+    for name in ("start", *experiments.VARIANTS):
+        for key in (name, f"{name}_gain", f"{name}_variety_lost_percent", f"ahead_of_{name}"):
+            assert {key, f"{key}_ci"} <= set(figures)
     monkeypatch.setattr(uvit_fusion, "diffusion_loss", None)
+    monkeypatch.setattr(fine_rewards, "dpo_loss", None)
     monkeypatch.setattr(fine_rewards, "sample_candidates", None)
     status, again, errors = command(world, *flags, script=script, out="compared")
     assert status == 0 and again.split("all right, %")[-1] == out.split("all right, %")[-1], errors
+
+
+def test_over_seeds_the_interval_of_variety_lost_is_students(world, monkeypatch):
+    lost = iter([0.0, 8.0, 12.0])                     # of the start, then of two seeds
+    monkeypatch.setattr(gain, "variety_lost", lambda *given: {
+        "variety_lost_percent": next(lost), "variety_lost_percent_ci": 0.0})
+    flags = ["compare", "--rounds", 1, "--steps", 1, "--prompts", 2, "--seeds", 2,
+             "--variants", "rank_sum"]
+    status, _, errors = command(world, *flags, script="experiments.fine_rewards", out="seeds")
+    assert status == 0, errors
+    figures = results(world / "seeds")
+    assert figures["rank_sum_variety_lost_percent"] == 10
+    assert figures["rank_sum_variety_lost_percent_ci"] == pytest.approx(12.706 * 2, rel=1e-3)
+    assert (world / "seeds" / "rank_sum_seed1" / "model.safetensors").exists()
 
 
 def test_a_reward_that_always_prefers_the_right_caption_is_said_to(world, monkeypatch):

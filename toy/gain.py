@@ -16,11 +16,11 @@ EACH = 8                         # images of each of them
 
 
 def diversity(images, clip, each=EACH):
-    """Mean distances between two images of one caption: {"diversity": ..., "clip_diversity": ...}.
+    """How far apart the images of a caption are: {"diversity", "clip_diversity": (captions,)}.
 
-    images: uint8 (captions x each, H, W, 3), those of a caption side by side. The first is the root
-    mean square distance of pixels in [0, 1], and sees where things stand. The second, 1 - cos of
-    CLIP's features, sees wrong images among right ones.
+    images: uint8 (captions x each, H, W, 3), those of a caption side by side. Both are means over
+    pairs. The first is the root mean square distance of pixels in [0, 1], and sees where things
+    stand. The second, 1 - cos of CLIP's features, sees wrong images among right ones.
     """
     pixels = torch.from_numpy(images).flatten(1).float() / 255
     pixels = pixels.unflatten(0, (-1, each))                                # (captions, each, HW3)
@@ -29,8 +29,8 @@ def diversity(images, clip, each=EACH):
     distances = torch.cdist(pixels, pixels, compute_mode=exact) / pixels.shape[-1]**0.5
     cosines = features @ features.mT                                        # (captions, each, each)
     correction = each / (each - 1)           # the means count each image with itself, at distance 0
-    return {"diversity": float(distances.mean()) * correction,
-            "clip_diversity": float((1 - cosines).mean()) * correction}
+    return {"diversity": distances.mean((1, 2)).numpy() * correction,
+            "clip_diversity": (1 - cosines).mean((1, 2)).cpu().numpy() * correction}
 
 
 def rendered_diversity(pipeline, data):
@@ -44,31 +44,43 @@ def rendered_diversity(pipeline, data):
     return diversity(np.stack(images), clip)
 
 
-def clip_distance(images, data, clip):
+def clip_distance(images, data, clip, first=0):
     """The Frechet distance between CLIP's features of N images and of N real validation images."""
     dataset = common.CaptionedImages(data, "val", images.shape[1])
-    real = torch.stack([dataset.image(i) for i in range(len(images))]).permute(0, 2, 3, 1)
+    real = torch.stack([dataset.image(first + i) for i in range(len(images))]).permute(0, 2, 3, 1)
     real_statistics = common.feature_statistics(clip.images(real).cpu())
     return common.frechet_distance(
         *real_statistics, *common.feature_statistics(clip.images(images).cpu()))
 
 
-def measure(pipeline, data, samples, rewards=None, **sampling):
-    """Figures of what a pipeline generates for the first `samples` held-out captions.
+def held_out(data, samples, first=0):
+    """`judge.validation_scenes`, from the scene `first` on."""
+    return [part[first:] for part in judge.validation_scenes(data, first + samples)]
 
-    "right": the judge's verdicts (N,); the mean of each reward; "distance", "diversity" and
-    "clip_diversity". rewards: a `fine_rewards.Rewards`; sampling: for `pipeline.generate`.
+
+def measure(pipeline, data, samples, rewards=None, first=0, **sampling):
+    """Figures of what a pipeline generates for `samples` held-out captions, from `first` on.
+
+    "right": the judge's verdicts (N,); the mean of each reward; "distance"; "diversity" and
+    "clip_diversity" (captions,). rewards: a `fine_rewards.Rewards`; sampling: for
+    `pipeline.generate`.
     """
-    scenes, captions, unseen = judge.validation_scenes(data, samples)
+    scenes, captions, unseen = held_out(data, samples, first)
     images = pipeline.generate(captions, progress=True, **sampling)
     figures = {"right": judge.grade_images(images, scenes, unseen)["all"]}
     if rewards:
         for name, values in rewards(images, captions).items():
             figures[name] = float(values.mean())
     clip = common.ClipScorer(pipeline.cfg.clip, pipeline.device)
-    figures["distance"] = clip_distance(images, data, clip)
+    figures["distance"] = clip_distance(images, data, clip, first)
     repeated = [caption for caption in captions[:CAPTIONS] for _ in range(EACH)]
     return figures | diversity(pipeline.generate(repeated, seed=5, **sampling), clip)
+
+
+def variety_lost(start, final):
+    """By how much the diversity of pixels fell, in %, with an interval over captions."""
+    ratio = (start["diversity"] - final["diversity"]) / start["diversity"].mean()
+    return common.percent("variety_lost_percent", ratio)
 
 
 def report(progress, own, rendered, folder):
@@ -88,19 +100,57 @@ def report(progress, own, rendered, folder):
     for name in start:
         values = [float(np.mean(measured[name])) for measured in progress]
         cells = [f"{value:.4f}" for value in values]
-        rows.append([name, *cells, f"{rendered[name]:.4f}" if name in rendered else ""])
+        rows.append([name, *cells, f"{rendered[name].mean():.4f}" if name in rendered else ""])
         if name in ("distance", "diversity", "clip_diversity"):
             figures[f"{name}_start"] = values[0]
             figures[f"{name}_final"] = values[-1]
         else:
             curves[name] = list(enumerate(values))
-    for name, value in rendered.items():
-        figures[f"{name}_real"] = value
+    for name, values in rendered.items():
+        figures[f"{name}_real"] = float(values.mean())
+    figures |= variety_lost(start, final)
     common.print_table(rows, f"{folder}: {len(start['right'])} held-out captions")
     print(f"right: {figures['start']:.1f} +- {figures['start_ci']:.1f} % at the start, "
           f"{figures['start_own']:.1f} % with the base's own guidance; in the end "
           f"{figures['final']:.1f} +- {figures['final_ci']:.1f} %. "
-          f"Gained, image by image: {figures['gain']:.1f} +- {figures['gain_ci']:.1f} points")
+          f"Gained, image by image: {figures['gain']:.1f} +- {figures['gain_ci']:.1f} points. "
+          f"Variety lost: {figures['variety_lost_percent']:.1f} +- "
+          f"{figures['variety_lost_percent_ci']:.1f} %")
     common.plot(curves, folder / "rewards.png", "round",
                 "held-out captions: share judged right, mean rewards")
     return figures
+
+
+# ------------------------------------------------------------------------- a round of candidates
+def report_round(n, scores, kept, best):
+    """Prints mean rewards of round n, from 0, of all candidates and of those learned from."""
+    rows = [["mean reward", "all candidates", "learned from"]]
+    for name, values in scores.items():
+        rows.append([name, f"{values.mean():.3f}", f"{values[kept, best].mean():.3f}"])
+    common.print_table(rows, f"round {n + 1}: {len(kept)} images to learn from")
+
+
+def outline(image, masks, scale):
+    """An image, `scale` times as large, with the border of each mask in black."""
+    image = image.repeat(scale, 0).repeat(scale, 1)
+    for mask in masks:
+        mask = np.pad(mask.repeat(scale, 0).repeat(scale, 1), 1)
+        inner = mask[2:, 1:-1] & mask[:-2, 1:-1] & mask[1:-1, 2:] & mask[1:-1, :-2]
+        image[mask[1:-1, 1:-1] & ~inner] = 0
+    return image
+
+
+def draw_candidates(rewards, candidates, scores, order, prompts, path, rows=4):
+    """A grid of candidates, a row a prompt, in `order` (P, K), with caption, parts and rewards."""
+    images = []
+    texts = []
+    scale = max(1, 96 // candidates.shape[2])
+    for i in range(min(rows, len(prompts))):
+        ranked = candidates[i, order[i]]                                           # (K, H, W, 3)
+        captions = rewards.captioner(ranked) if "caption" in scores else [""] * len(ranked)
+        parts = rewards.segmenter(ranked) if "sam" in scores else [[]] * len(ranked)
+        for place, k in enumerate(order[i]):
+            images.append(outline(ranked[place], [mask for _, mask in parts[place]], scale))
+            values = ", ".join(f"{name} {scores[name][i, k]:.2f}" for name in scores)
+            texts.append(f"{place + 1}. {captions[place]} ({values})")
+    common.image_grid(images, texts, path, candidates.shape[1], titles=prompts[:rows])

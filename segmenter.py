@@ -1,0 +1,193 @@
+"""The parts of an image, and their names: any segmenter of transformers, with SAM's masks or not.
+
+    images uint8 (N, H, W, 3) -> Segmenter -> N lists of parts (label, mask (H, W) bool)
+
+A universal segmenter (Mask2Former, OneFormer, EoMT: arXiv 2112.01527, 2211.06220, 2503.19108) tells
+one thing from the next of the same kind. Of a semantic one (SegFormer, ...), which labels pixels
+alone, each connected area is a part. With `SamMasks`, Segment Anything (arXiv 2304.02643) finds the
+parts, and the segmenter names them.
+"""
+import contextlib
+import inspect
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
+from toy import judge
+
+
+# ------------------------------------------------------------------------------- Segment Anything
+def stability(logits, offset=1.0):
+    """IoU of the masks at thresholds `offset` above and below 0: logits (M, h, w) -> (M,)."""
+    smaller = (logits > offset).sum((1, 2))
+    larger = (logits > -offset).sum((1, 2))
+    return smaller / larger.clamp(min=1)
+
+
+def suppress(masks, scores, most=0.7):
+    """Non-maximum suppression: of masks (M, h, w) bool that overlap, the one of highest score.
+
+    Returns indices, the best first: no two of them have an IoU above `most`.
+    """
+    flat = masks.flatten(1).float()
+    area = flat.sum(1)
+    rest = scores.argsort(descending=True)
+    kept = []
+    while len(rest):
+        best = rest[0]
+        kept.append(best)
+        rest = rest[1:]
+        common_area = (flat @ flat[best])[rest]
+        iou = common_area / (area[rest] + area[best] - common_area)
+        rest = rest[iou <= most]
+    return torch.stack(kept) if kept else rest
+
+
+class SamMasks:
+    """All that Segment Anything finds in a square image uint8 (H, H, 3): masks (M, H, H) bool.
+
+    A grid of points asks for three masks each. Masks that the model itself rates low, or that are
+    not stable, are dropped at its own resolution of 256 x 256, on the device: enlarged to 1024 x
+    1024 before, as the pipeline of transformers does, they take gigabytes and many seconds.
+    """
+    POINTS = 32                                      # a side of the grid
+    BATCH = 64                                       # points at a time
+    PREDICTED_IOU = 0.88                             # as published, and
+    STABILITY = 0.95                                 # must both be exceeded
+
+    def __init__(self, path, device, dtype=torch.float32):
+        self.model, self.processor = common.load_pretrained(
+            "SamModel", path, "--sam", "Segment Anything model", device, "AutoImageProcessor",
+            dtype=dtype)
+
+    @torch.no_grad()
+    def __call__(self, image):
+        inputs = self.processor(images=image, return_tensors="pt")
+        pixels = inputs.pixel_values.to(self.model.device, self.model.dtype)     # (1, 3, S, S)
+        embeddings = self.model.get_image_embeddings(pixels)
+        ticks = (torch.arange(self.POINTS, device=pixels.device) + 0.5) / self.POINTS
+        grid = torch.cartesian_prod(ticks, ticks) * pixels.shape[-1]             # in pixels
+        logits = []
+        scores = []
+        for points in grid.to(pixels.dtype).split(self.BATCH):
+            found = self.model(image_embeddings=embeddings, input_points=points[None, :, None])
+            masks = found.pred_masks[0].flatten(0, 1)                            # (3 B, h, w)
+            iou = found.iou_scores[0].flatten()                                  # (3 B,) predicted
+            good = (iou > self.PREDICTED_IOU) & (stability(masks) > self.STABILITY)
+            logits.append(masks[good])
+            scores.append(iou[good])
+        logits = torch.cat(logits)
+        kept = suppress(logits > 0, torch.cat(scores))
+        if not len(kept):
+            return np.zeros((0, *image.shape[:2]), bool)
+        large = F.interpolate(logits[kept][None].float(), image.shape[:2], mode="bilinear")
+        return (large[0] > 0).cpu().numpy()
+
+
+# ----------------------------------------------------------------------- semantic and universal
+def is_universal(path):
+    """True for Mask2Former, OneFormer, EoMT, ..., which from then on load without scipy."""
+    import transformers  # takes seconds, and --help needs none of it
+    with contextlib.suppress(OSError, ValueError):   # `load_pretrained` says what is wrong
+        config = transformers.AutoConfig.from_pretrained(path)
+        universal = transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
+        if type(config) in universal:
+            # scipy is for the loss of their training: built with the model, never used here
+            inspect.getmodule(universal[type(config)]).requires_backends = lambda *names: None
+            return True
+    return False
+
+
+def readable(name):
+    """COCO's "sky-other-merged" -> "sky"."""
+    return name.removesuffix("-merged").removesuffix("-other")
+
+
+def name_masks(masks, areas):
+    """Each of the masks (M, H, W) with the class of most of its pixels, if these have one.
+
+    areas: a list of (class, mask), as is the result.
+    """
+    labels = np.zeros(masks.shape[1:], int)          # class i as i + 1, and 0 for none
+    for i, area in areas:
+        labels[area] = i + 1
+    most = [np.bincount(labels[mask], minlength=1).argmax() for mask in masks]
+    return [(label - 1, mask) for label, mask in zip(most, masks) if label]
+
+
+class Segmenter:
+    """Images uint8 (N, H, W, 3) -> N lists of parts (label, mask (H, W) bool).
+
+    sam: a Segment Anything model, whose masks are then named by the segmenter; min_part: parts
+    below this share of an image are left out. `labels` is all that a part can be called.
+    """
+    def __init__(self, path, device, sam="", min_part=0.0):
+        kind = "AutoModelForSemanticSegmentation"
+        processor = "AutoImageProcessor"
+        self.universal = is_universal(path)
+        if self.universal:
+            kind = "AutoModelForUniversalSegmentation"
+            processor = "AutoProcessor"              # OneFormer's reads the name of the task, too
+        self.model, self.processor = common.load_pretrained(
+            kind, path, "--segmenter", "segmenter", device, processor)
+        names = self.model.config.id2label
+        self.names = {i: readable(name) for i, name in names.items() if name != "background"}
+        self.labels = list(self.names.values())
+        self.sure = 0.8                              # of the class of a segment, as published
+        self.sam = SamMasks(sam, device) if sam else None
+        self.min_part = min_part
+
+    @torch.no_grad()
+    def __call__(self, images):
+        find = self.segments if self.universal else self.connected_areas
+        found = []
+        for image, areas in zip(images, find(images)):
+            areas = [(i, mask) for i, mask in areas if i in self.names]
+            if self.sam:
+                areas = name_masks(self.sam(image), areas)
+            found.append([(self.names[i], mask) for i, mask in areas
+                          if mask.mean() >= self.min_part])
+        return found
+
+    def connected_areas(self, images):
+        """N lists of (class, mask), from the class of each pixel."""
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.model.device)
+        maps = self.processor.post_process_semantic_segmentation(
+            self.model(**inputs), [images.shape[1:3]] * len(images))
+        classes = torch.stack(maps).cpu().numpy()                                    # (N, H, W)
+        areas = []
+        for labels, parts in zip(classes, judge.components(classes + 1)):
+            numbers, first = np.unique(parts, return_index=True)
+            areas.append([(labels.flat[i], parts == k) for k, i in zip(numbers, first)])
+        return areas
+
+    def segments(self, images):
+        """N lists of (class, mask): each pixel goes to one of the model's queries.
+
+        Kept are queries that are sure of their class, and of whose own mask others left most.
+        """
+        task = {}
+        if self.model.config.model_type == "oneformer":
+            task = {"task_inputs": ["panoptic"] * len(images)}
+        inputs = self.processor(images=list(images), return_tensors="pt", **task)
+        output = self.model(**inputs.to(self.model.device))
+        probabilities = output.class_queries_logits.softmax(-1)         # (N, Q, classes + 1)
+        found = []
+        for p, logits in zip(probabilities, output.masks_queries_logits):
+            score, label = p.max(-1)                                                # (Q,)
+            sure = (score > self.sure) & (label < p.shape[1] - 1)                   # last: nothing
+            if not sure.any():
+                found.append([])
+                continue
+            logits = F.interpolate(logits[sure][None], images.shape[1:3], mode="bilinear")[0]
+            masks = logits.sigmoid()                                                # (M, H, W)
+            weighted = score[sure][:, None, None] * masks
+            areas = []
+            for i, mask, own in zip(label[sure].tolist(), masks > 0.5, weighted):
+                visible = mask & (own == weighted.amax(0))
+                if visible.sum() > 0.8 * mask.sum():
+                    areas.append((i, visible.cpu().numpy()))
+            found.append(areas)
+        return found
