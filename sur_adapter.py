@@ -290,9 +290,10 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     row_of = {text: row for row, text in enumerate(dict.fromkeys(every_text))}
     features, masks, means, llm_means = encode_once(
         pipeline, llm, cfg.instruction, list(row_of))
-    narratives = [row_of[v] for v, k in triples if v != k]
-    keywords = [row_of[k] for v, k in triples if v != k]
+    narratives = [row_of[v] for v, _ in triples]
+    keywords = [row_of[k] for _, k in triples]
     llm_targets = fit_projection(cfg, llm_means, narratives, means[keywords])
+    llm_targets[row_of[""]] = means[row_of[""]]      # the empty prompt stays what it is
     run = common.Run(folder, cfg, [adapter, ema, *optimizers], ema.state_dict(), args,
                      pipeline.precision, title="adapter")
     loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
