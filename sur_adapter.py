@@ -238,20 +238,20 @@ def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_target, x_0
 
 # --------------------------------------------------------------------------------------- training
 def load_triples(pipeline, root):
-    """The training images of a folder with metadata.jsonl, captioned by pairs (v, k)."""
+    """What is learned from in a folder with metadata.jsonl.
+
+    Returns the dataset of its training images, captioned by pairs (v, k), and the lines of
+    narratives.txt, if there is one: further narratives, without image and keyword prompt.
+    """
     items = []
     for path, captions, line in pipeline.dataset(root, "train").items:
         if "prompt" not in line:
             raise UserError(f"--data {root}: expected metadata.jsonl with lines "
                             '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
         items.append((path, [(captions[0], line["prompt"])], line))
-    return pipeline.dataset(root, "train", items)
-
-
-def load_texts(root):
-    """The narratives without image and keyword prompt: lines of narratives.txt, where it is."""
     path = Path(root) / "narratives.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return pipeline.dataset(root, "train", items), texts
 
 
 def encode_once(pipeline, llm, instruction, texts):
@@ -277,8 +277,7 @@ def encode_once(pipeline, llm, instruction, texts):
 def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapter):
     """Trains an adapter for the frozen base `pipeline`; returns a pipeline with its EMA weights.
 
-    llm: `common.LLMEncoder`; dataset: from `load_triples`; texts: from `load_texts`; args: has
-    .resume and .overwrite.
+    llm: `common.LLMEncoder`; dataset, texts: from `load_triples`; args: has .resume and .overwrite.
     """
     device = pipeline.device
     torch.manual_seed(cfg.seed)
@@ -409,8 +408,7 @@ def main():
     begin = time.time()
     toy_world = cfg.data == "shapes"
     triples = Path(data) / "train2017" if toy_world else data
-    adapted = train(
-        cfg, base, llm, load_triples(base, triples), load_texts(triples), folder, args)
+    adapted = train(cfg, base, llm, *load_triples(base, triples), folder, args)
     if toy_world:
         figures = toy.narratives.report(
             base, adapted, cfg.llm, data, folder, args.samples, args.sample_steps)

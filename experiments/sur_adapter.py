@@ -84,13 +84,16 @@ def run_variant(name, cfg, base, llm, dataset, texts, data, folder, args):
     return figures
 
 
+def renamed(result, kind, name):
+    return {name: result[kind], f"{name}_ci": result[f"{kind}_ci"]}
+
+
 def compare(args):
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or f"runs/sur_{args.action}")
     base, data, llm, cfg = sur_adapter.prepare(cfg, args)
     triples = Path(data) / "train2017"
-    dataset = sur_adapter.load_triples(base, triples)
-    texts = sur_adapter.load_texts(triples)
+    dataset, texts = sur_adapter.load_triples(base, triples)
     results = {"base": grade(base, data, args)}
     rewriter = toy.narratives.Rewriter(cfg.llm, base.device)
     results["rewriting"] = grade(
@@ -108,14 +111,12 @@ def compare(args):
         for kind in ("narrative", "unheard", "plain"):
             row += [result.get(kind, ""), result.get(f"{kind}_ci", "")]
             if kind in result:                                # the LLM rewrites narratives only
-                figures[f"{name}_{kind}"] = result[kind]
-                figures[f"{name}_{kind}_ci"] = result[f"{kind}_ci"]
+                figures |= renamed(result, kind, f"{name}_{kind}")
         rows.append(row)
-    named = {"narrative": ("as_intended", "narrative"), "unheard": ("as_intended", "unheard"),
-             "unheard_without_llm": ("no_llm", "unheard"), "rewriting": ("rewriting", "narrative")}
-    for key, (name, kind) in named.items():
-        figures[key] = results[name][kind]
-        figures[f"{key}_ci"] = results[name][f"{kind}_ci"]
+    figures |= renamed(results["as_intended"], "narrative", "narrative")
+    figures |= renamed(results["as_intended"], "unheard", "unheard")
+    figures |= renamed(results["no_llm"], "unheard", "unheard_without_llm")
+    figures |= renamed(results["rewriting"], "narrative", "rewriting")
     common.write_results(folder, figures)
     common.print_table(rows, f"{folder}: {args.samples} held-out scenes, {cfg.steps} steps of "
                        f"training, {args.sample_steps} of sampling")

@@ -266,9 +266,8 @@ def test_a_step_learns_from_the_weighted_terms_of_its_triples(
     monkeypatch.setattr(sur_adapter, "fit_projection", as_it_is)
     cfg = Config(**SMALL | dict(caption_dropout=0.5, grad_clip=0.0, noise_weight=2.0,
                                 prompt_weight=3.0, llm_weight=5.0))
-    dataset = sur_adapter.load_triples(base, world / "surd")
+    dataset, texts = sur_adapter.load_triples(base, world / "surd")
     args = SimpleNamespace(resume=False, overwrite=False)
-    texts = sur_adapter.load_texts(world / "surd")
     sur_adapter.train(cfg, base, llm, dataset, texts, tmp_path / "run", args)
     assert gradients[1][:4].tolist() == [2.0, 3.0, 5.0, 0.0]
     assert not torch.allclose(batches[0][-1], batches[1][-1])             # new noise at every step

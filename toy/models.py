@@ -299,11 +299,10 @@ def predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng):
 
 def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_FOLDER, steps=300,
                    tokens=1536, seed=0):
-    """The folder of the tiny LLM that says narratives in plain words, which is trained if it is not
-    there; tokens: in a batch.
+    """The folder of the tiny instructed LLM, which is trained if it is not there.
 
-    It starts from the tiny LLM and reads `language.instructed_corpus`. The tiny LLM itself says a
-    third of the narratives rightly: with two groups it says the first one twice.
+    It goes on from the tiny LLM with `language.instructed_corpus`. The tiny LLM itself says 3 of 10
+    narratives rightly in plain words: of two groups it says one twice. tokens: in a batch.
     """
     if is_there(folder, "instructed LLM", "Vicuna"):
         return folder
