@@ -4,8 +4,9 @@ The idea. "A trio of balls the colour of grass" means "green, circle, x3", but a
 that has only learned the second does not know it. SUR, an adapter for semantic understanding and
 reasoning, stands between the frozen text encoder and the frozen network. It learns from triples
 (narrative prompt v, keyword prompt k, image): the image must be denoised well, the features of v
-must become those of k, and the adapter's states must tell what an LLM makes of v. The LLM is not
-needed to generate images.
+must become those of k, and those of v must tell what an LLM makes of v. The last needs no triple:
+it also teaches words, such as "moss", that no image shows and only the LLM has read of. The LLM is
+not needed to generate images.
 
     x = text encoder(v)                                    (B, L, d), frozen
     h = transformer encoder(x)                             (B, L, d)
@@ -17,22 +18,24 @@ needed to generate images.
                           over the d features of a token, summed over tokens, mean over the batch
     L = noise_weight  |network(x_t, t, y) - target|^2
       + prompt_weight D(text encoder(k), y)
-      + llm_weight    D(mean of LLM(v), P h)               P: a linear map to the LLM's width
+      + llm_weight    D(P mean LLM(v), mean y)             for the v of triples, and for others
+    P: a linear map from the LLM's width to d, fitted once to the triples: P mean LLM(v) is nearly
+       mean text encoder(k); means are over tokens
 
 fc starts at zero, so that y = x. The empty prompt, used for guidance, goes through the adapter too.
 
-    python sur_adapter.py --train           # on runs/uvit_fusion: 6 min on two CPU cores, 77 % of
-                                            # narratives right (0.5 % without the adapter)
+    python sur_adapter.py --train           # on runs/uvit_fusion: NARRATIVE
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
 
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md has them all):
  1. The noise loss trains the adapter [its gradient is cut off].
  2. The encoder attends over the tokens of a prompt, without padding [over the prompts of a batch].
- 3. P maps the adapter's states to the LLM's width and is trained [P maps the LLM's state to d, is
-    random and frozen: if it were trained, it could shrink what it teaches].
- 4. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
- 5. w adds h [x: then h does nothing but decide where to attend].
- 6. toy: eta 1, weights 3, 0.2 and 0.02, T = 4 [eta 0.1, weights 1, 1e-5 and 1e-5, T = 1].
+ 3. The LLM teaches y, which the network reads [h, from which y need not be read].
+ 4. P is fitted to the triples [random]; it is frozen, as in the release.
+ 5. The LLM also reads narratives without keyword prompts and images [those of the triples only].
+ 6. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
+ 7. w adds h [x: then h does nothing but decide where to attend].
+ 8. toy: eta 1, weights 3, 0.2 and 2, T = 4 [eta 0.1, weights 1, 1e-5 and 1e-5, T = 1].
 """
 import argparse
 import copy
@@ -56,8 +59,9 @@ from uvit_fusion import Attention, diffusion_loss, padding_bias, softmax_attenti
 @dataclass
 class Config:
     base: str = "runs/uvit_fusion"  # run of uvit_fusion.py whose text encoder gets the adapter
-    llm: str = "runs/toy/llm"       # language model to distil: a folder, or a name on the hub
+    llm: str = "runs/toy/llm_instructed"  # language model to distil: a folder, or a hub name
     llm_layer: int = -2             # whose states are distilled: 0 the embeddings, -1 the last
+    instruction: str = ". in plain words:"  # what the LLM reads behind a narrative
     layers: int = 2                 # of the adapter's transformer encoder
     heads: int = 4                  # of its attention
     feed_forward: int = 96          # width of its feed-forward layers
@@ -65,11 +69,14 @@ class Config:
     eta: float = 1.0                # weight of the adapter in its output
     noise_weight: float = 3.0       # weight of the noise loss
     prompt_weight: float = 0.2      # weight of the distance to the keyword prompt
-    llm_weight: float = 0.02        # weight of the distance to the LLM
+    llm_weight: float = 2.0         # weight of the distance to the LLM
+    llm_student: Literal["y", "h"] = "y"  # what the LLM teaches; the paper: h
+    llm_projection: Literal["fitted", "random"] = "fitted"  # P; the paper: random
     temperature: float = 4.0        # T of both distances; at 1 they hardly see features below 0
     steps: int = 2800               # training steps
     batch_size: int = 64            # triples a step
     images: int = 16                # triples a step that have a noise loss, the costly term
+    texts: int = 32                 # further narratives a step, of narratives.txt beside the data
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: on the matrices, AdamW on the rest
     lr: float = 2e-3                # highest learning rate of AdamW
     muon_lr: float = 2e-2           # highest learning rate of Muon
@@ -85,7 +92,6 @@ class Config:
     # no flags: `prepare` sets them; sample.py loads a run by its method
     base_identity: str = ""
     llm_identity: str = ""
-    llm_dim: int = 0
     method: str = "sur_adapter"
 
 
@@ -93,14 +99,15 @@ PRESETS = {
     "toy": {},
     # the values of the release, made for Stable Diffusion 1.5 and a LLaMA of 13 billion parameters
     "paper": dict(
-        base="runs/coco", llm="lmsys/vicuna-13b-v1.5", data="SURD",
+        base="runs/coco", llm="lmsys/vicuna-13b-v1.5", instruction="", data="SURD",
         heads=8, feed_forward=2048, residual="x", eta=0.1,
+        llm_student="h", llm_projection="random", texts=0,
         noise_weight=1.0, prompt_weight=1e-5, llm_weight=1e-5, temperature=1.0,
         steps=5000, batch_size=4, images=4, caption_dropout=0.0,
         optimizer="adamw", lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0,
     ),
 }
-MUON_NAMES = ("encoder_blocks", "query", "key", "mlp", "fc")          # all matrices but P
+MUON_NAMES = ("encoder_blocks", "query", "key", "mlp", "fc")          # all matrices
 
 
 # ------------------------------------------------------------------------------------ the adapter
@@ -122,8 +129,8 @@ class EncoderBlock(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Text features x -> features y of the same shape; dim: d, llm_dim: the LLM's width."""
-    def __init__(self, cfg, dim, llm_dim):
+    """Text features x -> features y of the same shape; dim: d."""
+    def __init__(self, cfg, dim):
         super().__init__()
         if dim % cfg.heads:
             raise UserError(f"--heads {cfg.heads}: choose a divisor of {dim}, the text's width")
@@ -135,7 +142,6 @@ class Adapter(nn.Module):
         self.key = nn.Linear(dim, dim, bias=False)                                  # W_k
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.fc = nn.Linear(dim, dim)
-        self.project = nn.Linear(dim, llm_dim)                                      # P
         nn.init.zeros_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
 
@@ -158,18 +164,14 @@ class Adapter(nn.Module):
         y = x + self.eta * self.fc(a)
         return y, h
 
-    def llm_loss(self, llm_features, h, token_mask, temperature):
-        """D(mean of LLM(v), P h): one vector (B, llm_dim) teaches all the tokens of h."""
-        return feature_kl(llm_features[:, None], self.project(h), token_mask, temperature)
-
 
 # --------------------------------------------------------------------------------------- the loss
 def feature_kl(teacher, student, token_mask, temperature):
     """D = T^2 KL(softmax(student / T) || softmax(teacher / T)), a scalar.
 
-    teacher, student: (B, L, d), or one teacher for all tokens, (B, 1, d). Summed over the tokens of
-    token_mask (B, L), mean over B. T^2 makes up for the gradient, which falls as 1 / T^2. The
-    student comes first, as in the release: it must be small where its teacher is.
+    teacher, student: (B, L, d). Summed over the tokens of token_mask (B, L), mean over B. T^2 makes
+    up for the gradient, which falls as 1 / T^2. The student comes first, as in the release: it must
+    be small where its teacher is.
     """
     log_p = (student.float() / temperature).log_softmax(-1)
     log_q = (teacher.float() / temperature).log_softmax(-1)
@@ -184,72 +186,113 @@ def pad_with_last_token(features, mask):
     return features.gather(1, source[..., None].expand_as(features))
 
 
-def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_features, x_0, t, eps):
+def seen(pipeline, mask):
+    """The tokens that the network reads: mask (B, L), or all where it sees the padding too."""
+    return mask if pipeline.cfg.mask_text else torch.ones_like(mask)
+
+
+def fit_projection(cfg, llm_features, rows, targets):
+    """P mean LLM(v) of N texts, (N, d); llm_features (N, llm_dim): the means of the LLM's states.
+
+    P is the ridge regression of targets (n, d), the means of keyword prompts' features, on the
+    llm_features of their narratives, `rows` (n,) of the N: what the LLM makes of a narrative, said
+    in the text encoder's features. It knows no word: "moss" and "grass" are one to it, if they are
+    one to the LLM.
+    """
+    # z: the LLM's features, each with mean 0 and deviation 1 over the triples
+    known = llm_features[rows].double()
+    z = (llm_features.double() - known.mean(0)) / (known.std(0) + 1e-3)
+    a = z[rows]
+    b = targets.double() - targets.double().mean(0)
+    if cfg.llm_projection == "fitted":
+        # P = argmin |a P - b|^2 + 10 |P|^2
+        weight = torch.linalg.solve(a.T @ a + 10 * torch.eye(len(a.T)), a.T @ b)
+    else:
+        weight = torch.randn(len(a.T), len(b.T), dtype=a.dtype) / len(a.T)**0.5
+    return (z @ weight + targets.double().mean(0)).float()
+
+
+def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_target, x_0, t, eps):
     """The three terms of L without their weights: noise, prompt, llm.
 
-    pipeline: the frozen base. x, mask: narratives through the text encoder, (B, L, d) and (B, L);
-    target, target_mask: keyword prompts; llm_features (B, llm_dim): narratives through the LLM.
+    pipeline: the frozen base. x, mask: narratives through the text encoder, (B + M, L, d) and
+    (B + M, L), of B triples and M others; target, target_mask: the B keyword prompts; llm_target
+    (B + M, d): what the LLM makes of each narrative, from `fit_projection`.
     x_0, eps (b, C, S, S), t (b,): of the first b <= B triples, for the noise loss.
     """
-    token_mask = torch.ones_like(mask)
-    if pipeline.cfg.mask_text:
-        # padding is hidden from the network; v may be longer than k, and needs a target there too
-        token_mask = mask
-        target = pad_with_last_token(target, target_mask)
+    token_mask = seen(pipeline, mask)
+    # v may be longer than k, and needs a target there too
+    target = pad_with_last_token(target, seen(pipeline, target_mask))
+    B = len(target)
     b = len(t)
     with common.autocast(pipeline.device, pipeline.precision):
         y, h = adapter(x, mask)
         noise = diffusion_loss(pipeline.model, pipeline.diffusion, x_0, t, eps, y[:b], mask[:b])
-        prompt = feature_kl(target, y, token_mask, cfg.temperature)
-        llm = adapter.llm_loss(llm_features, h, token_mask, cfg.temperature)
+        prompt = feature_kl(target, y[:B], token_mask[:B], cfg.temperature)
+        # D(P mean LLM(v), mean y)
+        student = pad_with_last_token(y if cfg.llm_student == "y" else h, token_mask)
+        mean = student.mean(1, keepdim=True)                                    # (B + M, 1, d)
+        llm = feature_kl(llm_target[:, None], mean, mask[:, :1], cfg.temperature)
     return noise, prompt, llm
 
 
 # --------------------------------------------------------------------------------------- training
 def load_triples(pipeline, root):
-    """The training images of a folder with metadata.jsonl, captioned by pairs (v, k)."""
+    """What is learned from in a folder with metadata.jsonl.
+
+    Returns the dataset of its training images, captioned by pairs (v, k), and the lines of
+    narratives.txt, if there is one: further narratives, without image and keyword prompt.
+    """
     items = []
     for path, captions, line in pipeline.dataset(root, "train").items:
         if "prompt" not in line:
             raise UserError(f"--data {root}: expected metadata.jsonl with lines "
                             '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
         items.append((path, [(captions[0], line["prompt"])], line))
-    return pipeline.dataset(root, "train", items)
+    path = Path(root) / "narratives.txt"
+    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return pipeline.dataset(root, "train", items), texts
 
 
-def encode_once(text_encoder, llm, texts):
+def encode_once(pipeline, llm, instruction, texts):
     """N texts through both frozen models, which at every step would take half of the time.
 
-    Returns features (N, L, d), masks (N, L) and llm_features (N, llm_dim), the mean of the LLM's
-    states over the tokens of each text.
+    Returns features (N, L, d), masks (N, L), the features' means over tokens (N, d), and the LLM's
+    (N, llm_dim), which reads the instruction behind each text.
     """
+    text_encoder = pipeline.text_encoder
     features = torch.zeros(len(texts), text_encoder.length, text_encoder.dim)
     masks = torch.zeros(len(texts), text_encoder.length, dtype=torch.bool)
-    llm_features = torch.zeros(len(texts), llm.dim)
+    means = torch.zeros(len(texts), text_encoder.dim)
+    llm_means = torch.zeros(len(texts), llm.dim)
     for start in trange(0, len(texts), 64, desc="encoding texts", leave=False):
         rows = slice(start, start + 64)
         features[rows], masks[rows] = text_encoder(texts[rows])
-        states, mask = llm(texts[rows])                                       # (B, n, llm_dim)
-        llm_features[rows] = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    return features, masks, llm_features
+        means[rows] = pad_with_last_token(features[rows], seen(pipeline, masks[rows])).mean(1)
+        states, mask = llm([text + instruction for text in texts[rows]])      # (B, n, llm_dim)
+        llm_means[rows] = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    return features, masks, means, llm_means
 
 
-def train(cfg, pipeline, llm, dataset, folder, args, adapter_class=Adapter):
+def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapter):
     """Trains an adapter for the frozen base `pipeline`; returns a pipeline with its EMA weights.
 
-    llm: `common.LLMEncoder`; dataset: from `load_triples`; args: has .resume and .overwrite.
+    llm: `common.LLMEncoder`; dataset, texts: from `load_triples`; args: has .resume and .overwrite.
     """
     device = pipeline.device
     torch.manual_seed(cfg.seed)
-    adapter = adapter_class(cfg, pipeline.text_encoder.dim, llm.dim).to(device)
+    adapter = adapter_class(cfg, pipeline.text_encoder.dim).to(device)
     ema = copy.deepcopy(adapter).eval().requires_grad_(False)
     optimizers = uvit_fusion.make_optimizers(adapter, cfg, MUON_NAMES)
-    texts = [""]
-    for _, pairs, _ in dataset.items:
-        texts += pairs[0]                                                     # v and k
-    texts = list(dict.fromkeys(texts))                                        # each only once
-    row_of = {text: row for row, text in enumerate(texts)}
-    features, masks, llm_features = encode_once(pipeline.text_encoder, llm, texts)
+    triples = [pairs[0] for _, pairs, _ in dataset.items]                     # (v, k)
+    every_text = ["", *(text for pair in triples for text in pair), *texts]
+    row_of = {text: row for row, text in enumerate(dict.fromkeys(every_text))}
+    features, masks, means, llm_means = encode_once(
+        pipeline, llm, cfg.instruction, list(row_of))
+    narratives = [row_of[v] for v, _ in triples]
+    keywords = [row_of[k] for _, k in triples]
+    llm_targets = fit_projection(cfg, llm_means, narratives, means[keywords])
+    llm_targets[row_of[""]] = means[row_of[""]]      # the empty prompt stays what it is
     run = common.Run(folder, cfg, [adapter, ema, *optimizers], ema.state_dict(), args,
                      pipeline.precision, title="adapter", dataset=dataset)
     loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
@@ -261,15 +304,17 @@ def train(cfg, pipeline, llm, dataset, folder, args, adapter_class=Adapter):
         pairs = [("", "") if drop else pair for drop, pair in zip(dropped, pairs)]
         v = [row_of[narrative] for narrative, _ in pairs]                     # B rows
         k = [row_of[prompt] for _, prompt in pairs]
-        x = features[v].to(device)                                            # (B, L, d)
-        mask = masks[v].to(device)                                            # (B, L)
+        if texts:
+            v += [row_of[texts[i]] for i in torch.randint(len(texts), (cfg.texts,))]  # and M
+        x = features[v].to(device)                                            # (B + M, L, d)
+        mask = masks[v].to(device)                                            # (B + M, L)
         target = features[k].to(device)
         target_mask = masks[k].to(device)
         x_0 = pipeline.encode(images[:cfg.images])                            # (b, C, S, S)
         t = pipeline.diffusion.sample_timesteps(len(x_0), pipeline.cfg.time_power, device)
         eps = torch.randn_like(x_0)
         noise, prompt, llm_term = losses(
-            cfg, adapter, pipeline, x, mask, target, target_mask, llm_features[v].to(device),
+            cfg, adapter, pipeline, x, mask, target, target_mask, llm_targets[v].to(device),
             x_0, t, eps)
         loss = cfg.noise_weight * noise + cfg.prompt_weight * prompt + cfg.llm_weight * llm_term
         adapter.zero_grad()
@@ -319,7 +364,7 @@ def attach(pipeline, path):
     if adapted or pipeline.identity() != cfg.base_identity:
         raise UserError(f"the adapter in {folder}/ was trained for {cfg.base} as it was then, not "
                         "for this network and text encoder: name its base with --run")
-    adapter = Adapter(cfg, pipeline.text_encoder.dim, cfg.llm_dim).to(pipeline.device)
+    adapter = Adapter(cfg, pipeline.text_encoder.dim).to(pipeline.device)
     common.load_into(adapter, common.read_weights(weights, f"checkpoint {weights}"), weights)
     return with_adapter(pipeline, adapter.eval().requires_grad_(False))
 
@@ -338,8 +383,7 @@ def prepare(cfg, args):
     base = uvit_fusion.load_pipeline(cfg.base, device, precision)
     data = toy.prepare(cfg.data, base.cfg.clip, base.image_size, cfg.llm)
     llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, device=device, dtype=precision)
-    cfg = dataclasses.replace(
-        cfg, base_identity=base.identity(), llm_identity=llm.identity, llm_dim=llm.dim)
+    cfg = dataclasses.replace(cfg, base_identity=base.identity(), llm_identity=llm.identity)
     return base, data, llm, cfg
 
 
@@ -364,10 +408,10 @@ def main():
     begin = time.time()
     toy_world = cfg.data == "shapes"
     triples = Path(data) / "train2017" if toy_world else data
-    adapted = train(cfg, base, llm, load_triples(base, triples), folder, args)
+    adapted = train(cfg, base, llm, *load_triples(base, triples), folder, args)
     if toy_world:
         figures = toy.narratives.report(
-            base, adapted, data, folder, args.samples, args.sample_steps)
+            base, adapted, cfg.llm, data, folder, args.samples, args.sample_steps)
         common.write_results(folder, figures | {"seconds": time.time() - begin})
         print(f"{time.time() - begin:.0f} s; figures in {folder}/results.json")
     else:

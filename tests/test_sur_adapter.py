@@ -17,18 +17,18 @@ import sur_adapter
 import toy.narratives
 import uvit_fusion
 from experiments import sur_adapter as experiment
-from sur_adapter import Adapter, Config, feature_kl, losses, pad_with_last_token
+from sur_adapter import Adapter, Config, feature_kl, fit_projection, losses, pad_with_last_token
 from toy import judge, language
 from uvit_fusion import diffusion_loss
 
-SMALL = dict(heads=2, feed_forward=24, steps=4, batch_size=4, images=2, warmup=0)
+SMALL = dict(heads=2, feed_forward=24, steps=4, batch_size=4, images=2, texts=3, warmup=0)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 FLAGS += ["--device=cpu", "--precision=fp32"]
 
 
-def new_adapter(adapter_class=Adapter, llm_dim=10, **changes):
+def new_adapter(adapter_class=Adapter, **changes):
     torch.manual_seed(0)
-    return adapter_class(Config(**SMALL | changes), 32, llm_dim)
+    return adapter_class(Config(**SMALL | changes), 32)
 
 
 def randomized(adapter):
@@ -82,9 +82,9 @@ def test_a_prompt_depends_neither_on_the_others_of_its_batch_nor_on_its_padding(
 
 def test_the_toy_adapter_is_small_and_that_of_the_paper_has_14_million_parameters():
     base = sum(p.numel() for p in uvit_fusion.UViT(uvit_fusion.Config()).parameters())
-    assert sum(p.numel() for p in Adapter(Config(), 128, 128).parameters()) < 0.15 * base
-    paper = Adapter(Config(**sur_adapter.PRESETS["paper"]), 768, 5120).named_parameters()
-    assert 13e6 < sum(p.numel() for name, p in paper if "project" not in name) < 15e6
+    assert sum(p.numel() for p in Adapter(Config(), 128).parameters()) < 0.15 * base
+    paper = Adapter(Config(**sur_adapter.PRESETS["paper"]), 768)
+    assert 13e6 < sum(p.numel() for p in paper.parameters()) < 15e6
 
 
 # ------------------------------------------------------------------------------------- the losses
@@ -119,21 +119,22 @@ def test_the_padding_of_a_prompt_can_be_its_last_token_again():
 
 @pytest.fixture
 def batch():
-    """What `losses` takes: three narratives, their keyword prompts and LLM's states, two images."""
+    """What `losses` takes: three narratives, keyword prompts for two of them, two images."""
     x, mask = some_text(16, (9, 4, 2))
-    target, target_mask = some_text(16, (3, 5, 2), seed=4)
+    target, target_mask = some_text(16, (3, 5), seed=4)
     torch.manual_seed(3)
-    llm_features = 3 * torch.randn(3, 10)
+    llm_target = 3 * torch.randn(3, 32)
     x_0, eps = torch.randn(2, 2, 3, 8, 8)
-    return x, mask, target, target_mask, llm_features, x_0, torch.tensor([1, 700]), eps
+    return x, mask, target, target_mask, llm_target, x_0, torch.tensor([1, 700]), eps
 
 
-@pytest.mark.parametrize("mask_text", [True, False])
-def test_each_term_is_its_equation(clip_folder, batch, mask_text):
+@pytest.mark.parametrize("mask_text, student", [(True, "y"), (False, "y"), (True, "h")])
+def test_each_term_is_its_equation(clip_folder, batch, mask_text, student):
     base = tiny_pipeline(clip_folder, mask_text=mask_text)
     adapter = randomized(new_adapter())
-    noise, prompt, llm = losses(Config(temperature=3.0), adapter, base, *batch)
-    x, mask, target, target_mask, llm_features, x_0, t, eps = batch
+    cfg = Config(temperature=3.0, llm_student=student)
+    noise, prompt, llm = losses(cfg, adapter, base, *batch)
+    x, mask, target, target_mask, llm_target, x_0, t, eps = batch
     y, h = adapter(x, mask)
     expected = diffusion_loss(base.model, base.diffusion, x_0, t, eps, y[:2], mask[:2])
     assert torch.allclose(noise, expected, rtol=1e-4)
@@ -141,21 +142,45 @@ def test_each_term_is_its_equation(clip_folder, batch, mask_text):
     if mask_text:                              # the network sees no padding, so it is not taught
         seen = mask
         target = pad_with_last_token(target, target_mask)
-    assert torch.allclose(prompt, feature_kl(target, y, seen, 3.0), rtol=1e-4)
-    teacher = llm_features[:, None].expand(-1, 16, -1)
-    assert torch.allclose(llm, feature_kl(teacher, adapter.project(h), seen, 3.0), rtol=1e-4)
+    assert torch.allclose(prompt, feature_kl(target, y[:2], seen[:2], 3.0), rtol=1e-4)
+    taught = pad_with_last_token(y if student == "y" else h, seen).mean(1)
+    expected = feature_kl(llm_target[:, None], taught[:, None], torch.ones(3, 1), 3.0)
+    assert torch.allclose(llm, expected, rtol=1e-4)
 
 
-def test_each_term_trains_its_part_of_the_adapter(pipeline, batch):
-    """The noise loss and the keyword prompt all but P; the LLM the encoder and P."""
+@pytest.mark.parametrize("student", ["y", "h"])
+def test_each_term_trains_the_adapter(pipeline, batch, student):
+    """All of it; but the paper's LLM term, on h, the encoder alone."""
     adapter = randomized(new_adapter())
     names, parameters = zip(*adapter.named_parameters())
-    noise, prompt, llm = losses(Config(), adapter, pipeline, *batch)
+    noise, prompt, llm = losses(Config(llm_student=student), adapter, pipeline, *batch)
     for term in (noise, prompt, llm):
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         for name, gradient in zip(names, gradients):
-            taught = name.startswith("encoder_blocks.") or (name[:7] == "project") == (term is llm)
+            taught = name.startswith("encoder_blocks.") or term is not llm or student == "y"
             assert (gradient is not None and gradient.abs().max() > 0) == taught, name
+
+
+# ------------------------------------------------------------------------------------------- P
+def test_p_says_in_features_what_the_llm_makes_of_a_text_that_no_triple_has():
+    """The LLM's states are a linear map of the meanings, so those of new texts are found again."""
+    generator = torch.Generator().manual_seed(0)
+    meanings = torch.randn(900, 6, generator=generator)
+    states = meanings @ torch.randn(6, 20, generator=generator) + 5
+    features = meanings @ torch.randn(6, 8, generator=generator) - 2
+    rows = list(range(0, 900, 2))
+    found = fit_projection(Config(), states, rows, features[rows])
+    assert torch.allclose(found, features, atol=0.3)
+    random = fit_projection(Config(llm_projection="random"), states, rows, features[rows])
+    assert random.shape == features.shape and (random - features).std() > 1
+
+
+def test_p_is_the_ridge_regression_on_features_of_deviation_one():
+    states = torch.tensor([[0.0], [2.0], [4.0], [100.0]])
+    found = fit_projection(Config(), states, [0, 1, 2], torch.tensor([[1.0], [2.0], [3.0]]))
+    z = (states - 2) / (2 + 1e-3)
+    weight = 2 / (2 + 10)                     # z is -1, 0, 1; so are the targets less their mean
+    assert torch.allclose(found, weight * z + 2, atol=1e-2)
 
 
 # --------------------------------------------------------------------- the defects of the release
@@ -169,17 +194,6 @@ def test_the_released_adapter_attends_over_the_batch_and_is_not_the_identity():
     other_token[0, 3] = -x[0, 3]
     assert not torch.allclose(h[0], adapter(other_prompt, mask)[1][0], atol=1e-2)
     assert torch.allclose(h[0, 0], adapter(other_token, mask)[1][0, 0], atol=1e-5)
-
-
-def test_a_p_on_the_side_of_the_llm_can_silence_it(pipeline, batch):
-    """With P = 0 the term does not depend on the LLM there, so training P can shrink the term."""
-    louder = list(batch)
-    louder[4] = 5 * batch[4].flip(0)
-    for adapter_class in (Adapter, experiment.TeacherProjection):
-        adapter = new_adapter(adapter_class)
-        torch.nn.init.zeros_(adapter.project.weight)
-        terms = [losses(Config(), adapter, pipeline, *each)[2] for each in (batch, louder)]
-        assert torch.allclose(*terms) == (adapter_class is not Adapter)
 
 
 # -------------------------------------------------------------------------------------- a training
@@ -210,6 +224,7 @@ def world(tmp_path_factory, clip_folder, llm_folder):
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a man on {i} horses",
                                  "prompt": f"man, horse, x{i}"}))
     (folder / "surd" / "metadata.jsonl").write_text("\n".join(lines))
+    (folder / "surd" / "narratives.txt").write_text("a woman on a mule\nno one on a ladder\n")
     save_run(tiny_pipeline(clip_folder), folder / "base")
     status, _, errors = train(folder, llm_folder)
     assert status == 0, errors
@@ -224,7 +239,7 @@ def train(folder, llm, *more, out="run"):
 def test_a_training_leaves_the_adapter_alone_and_what_names_its_base_and_llm(world):
     config = json.loads((world / "run" / "config.json").read_text())
     assert len(config["base_identity"]) == len(config["llm_identity"]) == 64
-    assert (config["base"], config["llm_layer"], config["llm_dim"]) == ("base", -2, 16)
+    assert (config["base"], config["llm_layer"]) == ("base", -2)
     tensors = load_file(world / "run" / "model.safetensors")
     assert set(tensors) == set(new_adapter().state_dict())
     header = (world / "run" / "metrics.csv").read_text().splitlines()[0]
@@ -243,29 +258,54 @@ def test_a_step_learns_from_the_weighted_terms_of_its_triples(
         batches.append(batch)
         return adapter.fc.bias[:3]
     monkeypatch.setattr(sur_adapter, "losses", three_numbers)
+    fitted = []
+
+    def as_it_is(cfg, llm_features, rows, targets):
+        fitted.append((llm_features[rows], targets))
+        return F.pad(llm_features, (0, 16))                               # as wide as targets
+    monkeypatch.setattr(sur_adapter, "fit_projection", as_it_is)
     cfg = Config(**SMALL | dict(caption_dropout=0.5, grad_clip=0.0, noise_weight=2.0,
                                 prompt_weight=3.0, llm_weight=5.0))
-    dataset = sur_adapter.load_triples(base, world / "surd")
+    dataset, texts = sur_adapter.load_triples(base, world / "surd")
     args = SimpleNamespace(resume=False, overwrite=False)
-    sur_adapter.train(cfg, base, llm, dataset, tmp_path / "run", args)
+    sur_adapter.train(cfg, base, llm, dataset, texts, tmp_path / "run", args)
     assert gradients[1][:4].tolist() == [2.0, 3.0, 5.0, 0.0]
     assert not torch.allclose(batches[0][-1], batches[1][-1])             # new noise at every step
 
     triples = [("", "", None)]
     for i, (_, [(narrative, prompt)], _) in enumerate(dataset.items):
         triples.append((narrative, prompt, base.encode(dataset.image(i)[None])[0]))
+
+    def llm_mean(text):
+        return llm([text + ". in plain words:"])[0][0].mean(0)
+    for llm_features, mean, (v, k, _) in zip(*fitted[0], triples[1:]):
+        assert torch.allclose(llm_features, llm_mean(v), atol=1e-4)
+        tokens, k_mask = base.text_encoder([k])
+        assert torch.allclose(mean, pad_with_last_token(tokens, k_mask)[0].mean(0), atol=1e-4)
     seen = []
+    others = []
     for x, mask, target, _, llm_features, x_0, t, eps in batches:
         assert x_0.shape == eps.shape == (2, 3, 8, 8) and t.shape == (2,)
+        assert len(target) == 4 and len(x) == len(mask) == len(llm_features) == 7
+        for i in range(4, 7):
+            near = [(base.text_encoder([v])[0][0] - x[i]).abs().max().item() for v in texts]
+            others.append(texts[np.argmin(near)])
+            assert min(near) < 1e-4
+            assert torch.allclose(llm_features[i, :16], llm_mean(others[-1]), atol=1e-4)
         for i in range(4):
             near = [(base.text_encoder([v])[0][0] - x[i]).abs().max().item() for v, _, _ in triples]
             v, k, image = triples[np.argmin(near)]
             assert torch.equal(mask[i], base.text_encoder([v])[1][0])
             assert torch.allclose(target[i], base.text_encoder([k])[0][0], atol=1e-4)
-            assert torch.allclose(llm_features[i], llm([v])[0][0].mean(0), atol=1e-4)
+            if v:
+                assert torch.allclose(llm_features[i, :16], llm_mean(v), atol=1e-4)
+            else:                                            # it keeps its features
+                expected = pad_with_last_token(x[i:i + 1], mask[i:i + 1])[0].mean(0)
+                assert torch.allclose(llm_features[i], expected, atol=1e-4)
             assert i >= 2 or image is None or torch.equal(x_0[i], image)
             seen.append(v)
     assert 2 <= seen.count("") <= 14 and len(set(seen)) > 3
+    assert set(others) == {"a woman on a mule", "no one on a ladder"}
 
 
 def test_a_training_that_was_cut_equals_an_uninterrupted_one(world, llm_folder, monkeypatch):
@@ -323,37 +363,72 @@ class Painter:
         return images
 
 
-def test_a_grade_tells_narratives_from_plain_captions(toy_data, clip_folder, tmp_path):
+def test_a_grade_tells_narratives_from_plain_captions(
+        toy_data, clip_folder, tmp_path, monkeypatch):
     dataset = common.CaptionedImages(toy_data, "val", 24)
     images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in range(20)])
     scenes, captions, _ = judge.validation_scenes(toy_data, 20)
+    narratives = language.narrative_prompts(scenes)
+    unheard = language.narrative_prompts(scenes, "unheard")
+    # the LLM says 15 narratives and 5 of those with unheard words as their captions do
+    said = dict(zip(narratives[:15] + unheard[:5], captions[:15] + captions[:5]))
+    monkeypatch.setattr(toy.narratives, "Rewriter", lambda llm, device: (
+        lambda prompts: [said.get(prompt, "") for prompt in prompts]))
     base = Painter(captions, images, clip_folder)
-    adapted = Painter(captions[:10] + language.narrative_prompts(scenes), images, clip_folder)
-    figures = toy.narratives.report(base, adapted, toy_data, tmp_path, samples=20, steps=2)
+    adapted = Painter(captions[:10] + narratives + unheard[:4], images, clip_folder)
+    figures = toy.narratives.report(
+        base, adapted, "llm", toy_data, tmp_path, samples=20, steps=2)
     assert figures["base_plain"] == figures["narrative"] == figures["colour"] == 100
-    assert figures["base_narrative"] == figures["base_shape"] == 0
+    assert figures["base_narrative"] == figures["base_shape"] == figures["base_unheard"] == 0
+    assert figures["unheard"] == pytest.approx(20)
+    assert figures["rewriting"] == pytest.approx(75)
+    assert figures["rewriting_unheard"] == pytest.approx(25)
     assert figures["plain"] == figures["plain_loss"] == pytest.approx(50)
     assert figures["narrative_share"] == 100 and figures["adapter_share"] == 20
     assert figures["distance_base"] < 1e-6 < figures["distance"]
     assert (tmp_path / "samples" / "narratives.png").stat().st_size > 0
 
 
+def test_the_rival_continues_each_prompt_greedily_behind_the_question(tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from toy.models import train_tokenizer
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a man on a horse"], 300, 64, "<|start|> $A")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        initializer_range=0.5)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompts = ["a man on a horse on a horse", "a man"]
+    for prompt, said in zip(prompts, toy.narratives.Rewriter(tmp_path)(prompts)):
+        ids = tokenizer(prompt + ". in plain words:").input_ids
+        start = len(ids)
+        while len(ids) < start + 24 and ids[-1] != 3:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert said == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+
 def test_a_comparison_keeps_what_is_finished(toy_data, base, llm_folder, tmp_path, monkeypatch):
     shutil.copytree(toy_data, tmp_path / "shapes")
-    language.build_narratives(tmp_path / "shapes")
+    language.build_narratives(tmp_path / "shapes", texts=10)
     monkeypatch.setattr(toy, "prepare", lambda *flags: tmp_path / "shapes")
-    monkeypatch.setattr(experiment, "ABLATIONS", {"as_intended": {}, "frozen": {}})
+    monkeypatch.setattr(toy.narratives, "Rewriter", lambda llm, device: list)
+    monkeypatch.setattr(experiment, "ABLATIONS", experiment.ABLATIONS | {"others": {}})
 
-    def compare(*more):
-        return run("experiments.sur_adapter", "compare", "--base", base, "--llm", llm_folder,
+    def unheard(*more):
+        return run("experiments.sur_adapter", "unheard", "--base", base, "--llm", llm_folder,
                    "--out", "out", "--samples", 4, "--sample-steps", 2, *FLAGS, *more, cwd=tmp_path)
-    status, table, errors = compare()
+    status, table, errors = unheard()
     assert status == 0, errors
     figures = json.loads((tmp_path / "out" / "results.json").read_text())
-    for name in ("base", "as_intended", "frozen"):
-        assert name in table and {name, f"{name}_ci", f"{name}_plain"} <= set(figures)
-    frozen = load_file(tmp_path / "out" / "frozen" / "model.safetensors")["project.weight"]
-    assert torch.equal(frozen, new_adapter(experiment.FrozenProjection, 16).project.weight)
+    for name in ("base", "rewriting", "as_intended", "no_llm"):
+        assert name in table and {f"{name}_unheard", f"{name}_unheard_ci"} <= set(figures)
+    for name in ("narrative", "unheard", "unheard_without_llm", "rewriting"):
+        assert {name, f"{name}_ci"} <= set(figures)
+    config = json.loads((tmp_path / "out" / "no_llm" / "config.json").read_text())
+    assert config["llm_weight"] == 0 and not (tmp_path / "out" / "others").exists()
     monkeypatch.setattr(sur_adapter, "train", None)                      # nothing is trained again
-    assert compare()[0] == 0
-    refused(compare("--seed", 1), "as_intended/ was made with other settings", "--overwrite")
+    assert unheard()[0] == 0
+    refused(unheard("--seed", 1), "as_intended/ was made with other settings", "--overwrite")

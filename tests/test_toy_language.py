@@ -191,13 +191,42 @@ def test_held_out_pairs_never_meet_in_training_while_each_word_does():
     assert not seen & held_out
     prompts = language.narrative_prompts(SCENES[:500])
     assert all(len(held_out.intersection(pairs_in(text))) == 1 for text in prompts)
+    assert not any(language.UNHEARD & {*pair} for text in prompts for pair in pairs_in(text))
     assert prompts == language.narrative_prompts(SCENES[:500])
+
+
+def test_unheard_words_are_one_for_each_colour_and_shape_and_stand_in_one_group():
+    assert len(language.UNHEARD) == len(COLOURS) + len(SHAPES)
+    assert {"moss", "button"} < language.UNHEARD
+    words = set()
+    for text in language.narrative_prompts(SCENES[:500], "unheard"):
+        unheard = [language.UNHEARD & {*pair} for pair in pairs_in(text)]
+        assert sum(map(bool, unheard)) == 1, text
+        assert not any(language.held_out_pair(*pair) for pair in pairs_in(text))
+        words.update(*unheard)
+    assert len(words) > 4
+
+
+def test_a_narrative_and_its_keywords_tell_the_groups_in_the_same_order():
+    scene = scene_of("3 green circle above 1 blue square")
+    orders = set()
+    for seed in range(40):
+        text, prompt = language.narrative_and_keywords(scene, random.Random(seed))
+        first = prompt.split(",")[0]
+        orders.add(first)
+        place_first = text.startswith((*PLACES["above"], *PLACES["below"]))
+        assert (COLOUR_OF[pairs_in(text)[0][0]] == first) != place_first
+    assert orders == {"green", "blue"}
 
 
 @pytest.mark.parametrize("split, plain", [("train", (15, 45)), ("val", (0, 0))])
 def test_narratives_are_written_with_their_keyword_prompts(tmp_path, split, plain):
     folder = shapes.build(tmp_path / "world", train=100, val=20)
-    language.build_narratives(folder)
+    (folder / "train2017" / "metadata.jsonl").write_text("of an older version")
+    language.build_narratives(folder, texts=30)
+    texts = (folder / "train2017" / "narratives.txt").read_text().splitlines()
+    assert len(texts) == 30
+    assert all(any(language.UNHEARD & {*pair} for pair in pairs_in(text)) for text in texts)
     path = folder / f"{split}2017" / "metadata.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     content = json.loads((folder / "annotations" / f"captions_{split}2017.json").read_text())
@@ -209,6 +238,7 @@ def test_narratives_are_written_with_their_keyword_prompts(tmp_path, split, plai
         pairs = pairs_in(line["text"])
         assert line["file_name"] == image["file_name"]
         assert sum(language.held_out_pair(*pair) for pair in pairs) == (split == "val")
+        assert not any(language.UNHEARD & {*pair} for pair in pairs)
         assert line["prompt"] in (shapes.keywords(scene), shapes.keywords(turned(scene)))
 
 
@@ -241,3 +271,18 @@ def test_the_corpus_has_its_shares_and_no_held_out_pair():
         kinds["narrative" if pairs else kind] += 1
     shares = {kind: pytest.approx(n / 30, abs=3) for kind, n in kinds.items()}
     assert language.SHARES == shares
+
+
+def test_the_instructed_llm_reads_narratives_with_their_keyword_prompts_and_the_corpus():
+    rng = random.Random(7)
+    scenes = [shapes.random_scene(rng) for _ in range(1000)]
+    found = set()
+    narratives = 0
+    for scene, line in zip(scenes, language.instructed_corpus(scenes, random.Random(8))):
+        text, explained, meaning = line.partition(". in plain words: ")
+        if explained and meaning in (shapes.keywords(scene), shapes.keywords(turned(scene))):
+            narratives += 1
+            found.update(word for pair in pairs_in(text) for word in pair)
+            assert not any(language.held_out_pair(*pair) for pair in pairs_in(text))
+    assert 660 < narratives < 790                 # 70 % of them, and a few of the corpus
+    assert found == {*ALL_HUES, *ALL_BODIES}

@@ -86,6 +86,19 @@ def test_the_loss_falls_and_a_model_is_trained_once(trained, toy_data, monkeypat
     assert train(name, toy_data, folder / name) == folder / name
 
 
+def test_the_instructed_llm_goes_on_from_the_llm(trained, toy_data, tmp_path, monkeypatch):
+    read = []
+    corpus = language.instructed_corpus
+    monkeypatch.setattr(language, "instructed_corpus", lambda *a: read.append(1) or corpus(*a))
+    llm = trained[0] / "llm"
+    folder = models.instructed_llm(toy_data, tmp_path / "new", llm, steps=4, tokens=400)
+    assert read and (folder / "tokenizer.json").read_text() == (llm / "tokenizer.json").read_text()
+    before, after = (load_file(path / "model.safetensors") for path in (llm, folder))
+    moved = torch.cat([(after[name] - before[name]).flatten().abs() for name in before])
+    size = torch.cat([before[name].flatten().abs() for name in before])
+    assert 0 < moved.mean() < 0.3 * size.mean()
+
+
 @torch.no_grad()
 def test_captioner_and_segmenter_run_as_the_real_ones_do(trained, toy_data):
     dataset = models.LabelledImages(toy_data, "val", 24)
@@ -139,13 +152,16 @@ def test_the_quality_scorer_is_a_line_through_clips_features(trained, tmp_path, 
     ("shapes", "runs/toy/clip", {"segmenter": "runs/toy/segmenter"}, "clip segmenter"),
     ("shapes", "runs/toy/clip", {"llm": "Qwen/Qwen2.5-1.5B"},
      "clip build_parallel build_narratives build_quality scorer"),
+    ("shapes", "runs/toy/clip", {"llm": "runs/toy/llm_instructed"},
+     "clip llm instructed_llm build_parallel build_narratives build_quality scorer"),
     ("coco", "runs/toy/clip", {"captioner": "runs/toy/captioner"}, "clip captioner"),
 ])
 def test_only_what_is_named_is_built(monkeypatch, capsys, data, clip, others, expected):
     built = []
     monkeypatch.setattr(shapes, "build", lambda *_: "data/shapes")
     for module, names in ((language, ("build_parallel", "build_narratives")),
-                          (shapes, ("build_quality",)), (models, (*STEPS, "scorer"))):
+                          (shapes, ("build_quality",)),
+                          (models, (*STEPS, "instructed_llm", "scorer"))):
         for name in names:
             monkeypatch.setattr(module, name, lambda *_, name=name: built.append(name))
     assert toy.prepare(data, clip, **others) == ("data/shapes" if data == "shapes" else data)

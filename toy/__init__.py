@@ -23,6 +23,9 @@ def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
         models.clip(shapes.build())
     if Path(llm) == models.LLM_FOLDER:
         models.llm(shapes.build())
+    if Path(llm) == models.INSTRUCTED_FOLDER:
+        models.llm(shapes.build())
+        models.instructed_llm(shapes.build())
     if Path(captioner) == models.CAPTIONER_FOLDER:
         models.captioner(shapes.build())
     if Path(segmenter) == models.SEGMENTER_FOLDER:

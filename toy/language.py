@@ -276,6 +276,8 @@ PLACES = {
 CONCISE = 18     # words and marks of a narrative: with start and end 20, as the tiny CLIP reads
 ALL_HUES = [hue for hues in HUES.values() for hue in hues]
 ALL_BODIES = [body for bodies in BODIES.values() for body in bodies]
+# the last word for each colour and shape: no image shows what it means, only the LLM reads of it
+UNHEARD = {words[-1] for table in (HUES, BODIES) for words in table.values()}
 
 
 def fix_articles(text):
@@ -319,10 +321,23 @@ def held_out_pair(hue, body):
     return (3 * ALL_HUES.index(hue) + ALL_BODIES.index(body)) % 8 == 0
 
 
-def narrative_phrase(group, rng, unseen):
-    """'a trio of balls the colour of grass'; unseen: with a pair that is held out."""
+def has_pair(kind, hue, body):
+    """Whether narratives of this kind may have a pair of words.
+
+    read: all pairs that are not held out, for the LLM; heard: those of them without a word of
+    UNHEARD, for SUR-adapter's triples; unheard: the others of them; new pair: held-out pairs of
+    words that the triples have.
+    """
+    unheard = hue in UNHEARD or body in UNHEARD
+    if kind == "new pair":
+        return held_out_pair(hue, body) and not unheard
+    return not held_out_pair(hue, body) and (kind == "read" or unheard == (kind == "unheard"))
+
+
+def narrative_phrase(group, rng, kind):
+    """'a trio of balls the colour of grass', with a pair of this kind: see `has_pair`."""
     pairs = [pair for pair in product(HUES[group.colour], BODIES[group.shape])
-             if held_out_pair(*pair) == unseen]
+             if has_pair(kind, *pair)]
     hue, body = rng.choice(pairs)
     count = rng.choice(COUNTS[group.count])
     noun = inflect(body, group.count)
@@ -331,60 +346,72 @@ def narrative_phrase(group, rng, unseen):
     return f"{count} {fill(wordings, rng)}"
 
 
-def narrative(scene, rng, unseen=False, turn=True):
+def narrative(scene, rng, kind="read", hard=None, turn=True):
     """A prompt that needs common sense: colour, shape, number and place are paraphrased.
 
-    It has at most CONCISE words and marks. unseen: one group has a held-out pair; turn: half of the
-    narratives mention the second group first.
+    It has at most CONCISE words and marks. kind: of the pairs, see `has_pair`; hard: another kind,
+    for one of the groups; turn: half of the narratives mention the second group first.
     """
-    hard = rng.choice(scene.groups) if unseen else None
+    hard_group = rng.choice(scene.groups) if hard else None
     if len(scene.groups) == 1:
-        return fix_articles(narrative_phrase(scene.groups[0], rng, unseen))
+        return fix_articles(narrative_phrase(scene.groups[0], rng, hard or kind))
     while True:
         first, second = scene.groups
         relation = scene.relation
         if turn:
             first, second, relation = either_way(scene, rng)
         there = rng.choice(PLACES[relation])
-        a = narrative_phrase(first, rng, first is hard)
-        b = narrative_phrase(second, rng, second is hard)
+        a = narrative_phrase(first, rng, hard if first is hard_group else kind)
+        b = narrative_phrase(second, rng, hard if second is hard_group else kind)
         text = fix_articles(f"{there} {b}, {a}" if rng.random() < 0.1 else f"{a} {there} {b}")
         if len(re.findall(r"\w+|[^\w\s]", text)) <= CONCISE:
             return text
 
 
-def narrative_prompts(scenes):
-    """A narrative for each validation scene, the same for every run, with a held-out pair."""
-    return [narrative(scene, random.Random(i), unseen=True) for i, scene in enumerate(scenes)]
+def narrative_and_keywords(scene, rng, kind="read", hard=None):
+    """A narrative and its keyword prompt, with the groups in the same order."""
+    if scene.relation:
+        first, second, relation = either_way(scene, rng)
+        scene = Scene((first, second), relation)
+    return narrative(scene, rng, kind, hard, turn=False), shapes.keywords(scene)
 
 
-def build_narratives(folder="data/shapes", plain_share=0.3, seed=0):
-    """Writes train2017/metadata.jsonl and val2017/metadata.jsonl, if they are not there.
+def narrative_prompts(scenes, hard="new pair"):
+    """A narrative for each validation scene, the same for every run: one group has a hard pair."""
+    return [narrative(scene, random.Random(i), "heard", hard) for i, scene in enumerate(scenes)]
 
-    In the format of SUR-adapter's data set, a line an image: {"file_name": ..., "text": ...,
-    "prompt": ...}, a narrative and its keyword prompt, with the groups in the same order. A share
-    `plain_share` of the training images has a caption in place of both, since a plain prompt means
-    what it says. The narratives of validation have a held-out pair.
+
+def build_narratives(folder="data/shapes", plain_share=0.3, texts=5000, seed=0):
+    """Writes metadata.jsonl into train2017/ and val2017/, narratives.txt into train2017/.
+
+    metadata.jsonl has the format of SUR-adapter's data set, a line an image: {"file_name": ...,
+    "text": ..., "prompt": ...}, a narrative of heard words and its keyword prompt, with the groups
+    in the same order. A share `plain_share` of the training images has a caption in place of both,
+    since a plain prompt means what it says. The narratives of validation have a new pair.
+    narratives.txt has `texts` further narratives, with an unheard word each, and nothing else. It
+    comes last: where it is, nothing is written.
     """
+    done = Path(folder) / "train2017" / "narratives.txt"
+    if done.exists():
+        return
     for split in ("val", "train"):
         path = Path(folder) / f"{split}2017" / "metadata.jsonl"
-        if path.exists():
-            continue
         rng = random.Random(seed)
         lines = []
+        hard = "new pair" if split == "val" else None
         content = read_json(Path(folder) / "annotations" / f"captions_{split}2017.json")
         for image in content["images"]:
             scene = Scene.from_json(image["scene"])
             if split == "train" and rng.random() < plain_share:
                 text = prompt = shapes.sentence(scene, rng)
             else:
-                if scene.relation:
-                    first, second, relation = either_way(scene, rng)
-                    scene = Scene((first, second), relation)
-                text = narrative(scene, rng, unseen=split == "val", turn=False)
-                prompt = shapes.keywords(scene)
+                text, prompt = narrative_and_keywords(scene, rng, "heard", hard)
             lines.append({"file_name": image["file_name"], "text": text, "prompt": prompt})
         write_lines(path, lines)
+    scenes = [Scene.from_json(image["scene"]) for image in content["images"][-texts:]]
+    narratives = [narrative(scene, rng, "heard", "unheard") for scene in scenes]
+    with atomic_write(done) as unfinished:
+        Path(unfinished).write_text("\n".join(narratives) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------ what the LLM reads
@@ -406,6 +433,7 @@ def tag_example(scene, rng, labels=1):
     return line
 
 
+IN_PLAIN_WORDS = ". in plain words:"    # behind a narrative: what it means follows
 # of the kinds of lines that the tiny LLM reads, in %
 SHARES = {"caption": 17, "parallel": 22, "paragraph": 5, "narrative": 17, "facts": 4, "tag": 35}
 
@@ -432,7 +460,7 @@ def corpus_line(scene, rng):
         language = rng.choice(("english", "english", *LANGUAGES))
         return f"{paragraph(scene, rng, language=language)} in plain words: {meaning}"
     if kind == "narrative":
-        return f"{narrative(scene, rng)}. in plain words: {meaning}"
+        return f"{narrative(scene, rng)}{IN_PLAIN_WORDS} {meaning}"
     if kind == "facts":
         return ". ".join(facts(rng)[:3])
     return tag_example(scene, rng, labels=8)
@@ -442,3 +470,17 @@ def corpus(scenes, rng):
     """Yields the lines that the tiny LLM is trained on, one for each scene."""
     for scene in scenes:
         yield corpus_line(scene, rng)
+
+
+def instructed_corpus(scenes, rng):
+    """Yields the lines that the instructed LLM is trained on further, one for each scene.
+
+    70 % are narratives, followed by their keyword prompts, with the groups in the same order, the
+    others those of `corpus`, that nothing be forgotten.
+    """
+    for scene in scenes:
+        if rng.random() < 0.7:
+            text, prompt = narrative_and_keywords(scene, rng)
+            yield f"{text}{IN_PLAIN_WORDS} {prompt}"
+        else:
+            yield corpus_line(scene, rng)
