@@ -180,6 +180,16 @@ class Matcher(nn.Module):
         to_words = [block[..., words].masked_fill(padding, -math.inf) for block in to_keys]
         return to_words, to_keys, output.float()
 
+    def predict_eps_without_text(self, x_t, t):
+        """(B, C, S, S); the candidates of a group that share an x_t need one evaluation for it."""
+        x_t, candidate = x_t.unique(dim=0, return_inverse=True)
+        t = t.new_zeros(len(x_t)).scatter(0, candidate, t)      # an x_t has one t
+        y, mask = self.encode_text([""])
+        y = y.expand(len(x_t), -1, -1)
+        _, _, output = self.attention_logits(x_t, t, y, mask.expand(len(x_t), -1))
+        _, eps_empty = self.pipeline.diffusion.predict(output, x_t, t)
+        return eps_empty[candidate]
+
     def attention(self, to_words, to_keys):
         """The attention score, (B,)."""
         pooled = torch.stack(list(map(pool_words, to_words, to_keys)), dim=2)    # (B, 2, blocks, H)
@@ -192,12 +202,9 @@ class Matcher(nn.Module):
         to_words, to_keys, output = self.attention_logits(x_t, t, y, mask)
         score = self.attention(to_words, to_keys)
         if self.cfg.score == "hybrid":
-            y, mask = self.encode_text([""])
-            _, _, empty = self.attention_logits(
-                x_t, t, y.expand(len(x_0), -1, -1), mask.expand(len(x_0), -1))
-            _, eps_empty = diffusion.predict(empty, x_t, t)  # of any target
-            _, eps_text = diffusion.predict(output, x_t, t)
-            score = score + norm(eps_empty - eps) - norm(eps_text - eps)
+            _, eps_theta = diffusion.predict(output, x_t, t)    # whatever the network predicts
+            eps_empty = self.predict_eps_without_text(x_t, t)
+            score = score + norm(eps_empty - eps) - norm(eps_theta - eps)
         return score
 
 

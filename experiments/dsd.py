@@ -111,7 +111,9 @@ def itm(matcher, candidates, bank, error):
 def by_attention(matcher, candidates, bank=None):
     """The attention score or, with matcher.cfg.score "hybrid", the hybrid; bank: another one."""
     bank = bank or matcher.bank
-    evaluations = len(candidates.pairs) * len(bank) * (2 if matcher.cfg.score == "hybrid" else 1)
+    evaluations = len(candidates.pairs) * len(bank)
+    if matcher.cfg.score == "hybrid":
+        evaluations += len(candidates.x_0) * len(bank)
     return dsd.match(matcher, candidates, bank), evaluations
 
 
@@ -332,8 +334,8 @@ def tune_hybrid(tuned, candidates, folder):
     """A matcher tuned as `tuned` was, but by the hybrid score, as the release does."""
     cfg = dataclasses.replace(tuned.cfg, score="hybrid")
     matcher = dsd.Matcher(cfg, tuned.pipeline)
-    anew = argparse.Namespace(resume=False, overwrite=True)
-    dsd.train(cfg, matcher, candidates, folder, anew)
+    args = argparse.Namespace(resume=(folder / "state.pt").exists(), overwrite=False)
+    dsd.train(cfg, matcher, candidates, folder, args)
     return matcher
 
 
