@@ -3,19 +3,20 @@
 The idea. A network that draws an image from a text has to know what the words look like. So show it
 an image with some noise and a text, and read the attention logits between patches and words: they
 are high where a patch shows what a word names. Pooled, they are the matching score. A few labelled
-examples sharpen it: they train LoRA on the attention, a weight for each attention head, and a few
+examples sharpen it: they train LoRA on the attention, the weights of the attention heads, and a few
 prompt embeddings beside the caption. The network stays frozen, and no classifier is put on top.
 
     x_t       = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps   the same few (t, eps) for all candidates
     logits    = q k^T / sqrt(d)                           of N patches and L words, in three blocks
     a         = mean over patches of log sum exp over words of logits    padding masked, float32
-    attention = mean over blocks and heads of w a                        zero-shot: w = 1
+    b         = a - mean over patches of log sum exp over all keys       log of the words' share
+    attention = mean over blocks and heads of w_0 a + w_1 b              zero-shot: w = (1, 0)
     hybrid    = attention + ||eps_theta(x_t, "") - eps|| - ||eps_theta(x_t, text) - eps||
     score     = mean over t of attention, or of hybrid: --score
     loss      = max(0, margin + max score(wrong) - score(right))         over the wrong candidates
 
 Shapes: x (B, C, S, S); t (B,); caption tokens y (B, P + L, D), the P learned prompts first, and
-their mask; logits (B, H, N, L) of each block; a (B, blocks, H); w (blocks, H); score (B,).
+their mask; logits (B, H, N, L) of each block; [a, b] (B, 2, blocks, H); w (2, blocks, H).
 
     python dsd.py --train              # TODO
     python dsd.py image.png "two red circles" "two red squares"     # ranks texts, draws attention
@@ -26,8 +27,8 @@ Differs from the paper [what its release does]; docs/dsd.md has the rest:
  1. A score is of one sample [the mean over a batch, which leaks which candidate is right].
  2. The right candidate stands anywhere; a tie or nan is wrong [first; ties go to the first].
  3. In training the candidates of a group share t and eps [each draws its own].
- 4. Padding is masked [all 77 keys count].
- 5. Preset toy tunes and scores the attention alone, preset paper the hybrid [hybrid].
+ 4. Padding is masked [all 77 keys count]. Head weights also weigh b [weights are described only].
+ 5. Preset toy tunes and scores the attention alone [the hybrid, as preset paper does].
  6. Learned prompts stand before the caption tokens and are not pooled [described, not released].
 """
 import argparse
@@ -61,7 +62,7 @@ class Config:
     times: tuple = (20, 400)        # lowest and highest t
     evaluations: int = 4            # values of t, evenly spaced: network evaluations a candidate
     prompts: int = 4                # learned prompt embeddings
-    head_weights: bool = True       # learn a weight for each attention head
+    head_weights: bool = True       # learn two weights for each attention head
     lora_rank: int = 4              # rank of the change of q, k, v and out (0: none)
     data: str = "shapes"            # "shapes" (the toy world), or a file of groups
     shots: float = 512              # labelled groups, the first of the file; below 1: a share

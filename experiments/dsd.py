@@ -379,7 +379,8 @@ def compare_pairs(annotations, samples, matchers):
         figures |= matching.picture_figures(name, pictures.groups, tables)
         count = evaluations / len(pairs.groups)
         figures[f"{matching.figure_prefix(name)}evaluations"] = count
-        figures[f"pictures_{name}_R@1"] = 100 * float(matching.matched(groups, tables).mean())
+        won = matching.matched(pictures.groups, tables)
+        figures[f"pictures_{name}_R@1"] = 100 * float(won.mean())
         rows.append([LABELS[name], f"{count:.0f}", *matching.pair_row(name, figures)])
     common.print_table(rows, f"{len(pairs.groups)} images with two texts, {len(pictures.groups)} "
                        "texts with two images: the wrong one differs in one field")
@@ -461,7 +462,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     experiments = parser.add_subparsers(dest="experiment", required=True, help="what to do")
     of_compare = experiments.add_parser("compare", help="the rivals on the toy world")
-    of_compare.add_argument("--samples", type=common.positive, default=512,
+    of_compare.add_argument("--samples", type=common.positive, default=256,
                             help="held-out pairs of each kind (default %(default)s)")
     of_compare.add_argument("--others", type=common.positive, default=128,
                             help="groups of each other task (default %(default)s)")
