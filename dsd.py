@@ -435,7 +435,7 @@ def grade_toy(matcher, annotations, samples):
 
 # -------------------------------------------------------------------------------- where words look
 def find_words(tokenizer, text, length):
-    """The words of a text, cut after `length` tokens: [(word, numbers of its tokens)]."""
+    """The words of a text, cut after `length` tokens, one at least: [(word, numbers of tokens)]."""
     encoding = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True)
     found = []
     for word in re.finditer(r"\S+", text):
@@ -443,7 +443,7 @@ def find_words(tokenizer, text, length):
                   if max(start, word.start()) < min(end, word.end())]          # they overlap
         if tokens:
             found.append((word.group(), tokens))
-    return found
+    return found or [(text, [])]                     # of a text without any token, like U+200B
 
 
 @torch.no_grad()
@@ -499,8 +499,17 @@ def rank_texts(matcher, path, texts, out):
 
 
 # -------------------------------------------------------------------------------------------- main
-def train_and_grade(args):
+def refuse_flags(parser, args, names, reason):
+    """A flag that plays no part in what is to be done is refused, not ignored."""
+    for name in names:
+        if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
+
+
+def train_and_grade(parser, args):
     cfg = common.make_config(Config, PRESETS, args)
+    if cfg.data != "shapes":
+        refuse_flags(parser, args, ["samples"], "only the toy world is graded")
     folder = Path(args.out or "runs/dsd")
     common.check_run(folder, args)
     pipeline = load_base(cfg.base, args)
@@ -526,13 +535,6 @@ def train_and_grade(args):
     figures["peak_memory_mb"] = common.peak_memory_mb()
     common.write_results(folder, figures)
     print(f"{figures['seconds']:.0f} s; figures in {folder / 'results.json'}")
-
-
-def refuse_flags(parser, args, names, reason):
-    """A flag that plays no part in what is to be done is refused, not ignored."""
-    for name in names:
-        if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
 
 
 def rank_for_picture(parser, args):
@@ -574,7 +576,7 @@ def main():
         if args.picture:
             raise UserError("choose one of --train and a picture")
         refuse_flags(parser, args, ["run", "zero_shot"], "--train writes a new run, see --out")
-        train_and_grade(args)
+        train_and_grade(parser, args)
     elif args.picture:
         rank_for_picture(parser, args)
     else:

@@ -557,6 +557,7 @@ def test_words_have_the_tokens_that_spell_them(matcher):
     for word, tokens in found:
         assert tokenizer.decode([ids[i] for i in tokens]).strip() == word
     assert len(dsd.find_words(tokenizer, text, 4)) < 6
+    assert dsd.find_words(tokenizer, "", 16) == [("", [])]
 
 
 def test_maps_are_shares_of_the_attention_of_each_patch(matcher, candidates):
@@ -633,6 +634,7 @@ def test_another_base_is_refused(world, tmp_path):
     ("dsd.py", ["a.png", "a", "--zero-shot", "--prompts", 3], ["--prompts plays no part"]),
     ("dsd.py", ["a.png", "a", "--zero-shot", "--base", "nowhere"], ["nowhere"]),
     ("dsd.py", [*TUNE, "--out", "new", "--zero-shot"], ["--zero-shot plays no part"]),
+    ("dsd.py", [*TUNE, "--out", "new", "--samples", 8], ["--samples plays no part"]),
     ("dsd.py", ["a.jpg", "a man", *TUNE, "--out", "new"], ["one of --train"]),
     ("dsd.py", [*TUNE, "--out", "run"], ["run/ holds a run already"]),
     ("dsd.py", [*TUNE, "--out", "new", "--times", 500, 50], ["--times 500 50"]),
