@@ -1,21 +1,30 @@
-"""The matcher beside its rivals on the toy world: what attention is worth, and what tuning is.
+"""The matcher beside its rivals, on the toy world and on any groups.
 
-    python dsd.py --train                    # first: tunes runs/dsd
-    python -m experiments.dsd compare        # adds its figures to runs/dsd/results.json
+    python dsd.py --train                                        # first: tunes runs/dsd
+    python -m experiments.dsd compare                            # adds its figures to runs/dsd
+    python -m experiments.dsd grade --groups winoground.jsonl    # any groups of candidates
+    python -m experiments.dsd grade --comvg comvg.csv --pictures path/to/images
+    python -m experiments.dsd grade --retrieval path/to/coco --score itm
 
 Rivals are the tiny CLIP, zero-shot and tuned on the same groups, and errors of the same network,
 not tuned. With error = eps_theta(x_t, t, text) - eps, empty = eps_theta(x_t, t, "") - eps, and
 means over (t, eps) and pixels:
     denoising = - mean |error|^2                           Diffusion Classifier, arXiv 2303.16203
     itm       = mean |empty|^2 - mean |error|^2            DiffusionITM, arXiv 2305.16397
-    hybrid    = attention + mean |empty| - mean |error|    the release of Discriminative SD
+In the network's own units the error is output - target, of which its training took the mean square.
+Of a network that predicts eps this is the same; of one that predicts x_0 the error of eps is that
+of x_0 times sqrt(abar_t / (1 - abar_t)), by which the lowest t outweighs all others.
 """
 import argparse
 import copy
+import csv
+import dataclasses
 import math
 import random
 import time
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -23,7 +32,8 @@ from tqdm import tqdm
 import common
 import dsd
 from common import UserError
-from toy.matching import KINDS
+from toy import matching
+from toy.matching import rank
 
 LABELS = {
     "clip_zero_shot": "tiny CLIP, zero-shot",
@@ -31,74 +41,80 @@ LABELS = {
     "zero_shot": "attention, zero-shot",
     "accuracy": "attention, tuned",
     "accuracy_one": "attention, tuned, one t",
-    "hybrid": "hybrid of the release, zero-shot",
-    "denoising": "denoising error, t 10 to 990, pruned",
-    "denoising_middle": "denoising error, t 600 to 800",
-    "denoising_one": "denoising error, t 700",
+    "hybrid": "hybrid, zero-shot",
+    "hybrid_tuned": "hybrid, tuned",
+    "denoising": "denoising error of eps, t 10 to 990, pruned",
+    "denoising_own_units": "denoising error in own units, t 10 to 990, pruned",
+    "denoising_middle": "denoising error of eps, t 600 to 800",
+    "denoising_one": "denoising error of eps, t 700",
     "itm": "DiffusionITM, t 600 to 800",
 }
 
 
 # -------------------------------------------------------------------------- by the network's error
-def mean_square(error):
-    return error.square().mean((1, 2, 3))
+def noise_error(diffusion, output, x_0, x_t, t, eps):
+    """mean |eps_theta - eps|^2 of each sample, (B,), whatever the network predicts."""
+    _, eps_theta = diffusion.predict(output, x_t, t)
+    return (eps_theta - eps).square().mean((1, 2, 3))
 
 
-def mean_absolute(error):
-    return error.abs().mean((1, 2, 3))
+def target_error(diffusion, output, x_0, x_t, t, eps):
+    """The same in the network's own units, those of its loss."""
+    return (output - diffusion.target_of(x_0, t, eps)).square().mean((1, 2, 3))
 
 
 @torch.no_grad()
-def evaluate_pairs(matcher, x_0, texts, bank, measure, batch_size=256):
-    """Score and error of M images x_0, each with its text: (M,) and (M,), means over the bank."""
-    scores = []
+def mean_error(matcher, x_0, texts, bank, error, batch_size=256):
+    """The error of M images x_0, each with its text, its mean over the noise bank: (M,)."""
+    diffusion = matcher.pipeline.diffusion
     errors = []
     for i in tqdm(range(0, len(texts), batch_size), "matching", leave=False):
         x = x_0[i:i + batch_size]
         y, mask = matcher.encode_text(texts[i:i + batch_size])
-        found = [dsd.evaluate(matcher, x, y, mask, t, eps) for t, eps in bank]
-        scores.append(torch.stack([score for score, _ in found]).mean(0).cpu())
-        errors.append(torch.stack([measure(error) for _, error in found]).mean(0).cpu())
-    return torch.cat(scores), torch.cat(errors)
+        errors_at_t = []
+        for t, eps in bank:
+            t = t.expand(len(x))
+            eps = eps.expand_as(x)
+            x_t = diffusion.q_sample(x, t, eps)
+            _, _, output = matcher.attention_logits(x_t, t, y, mask)
+            errors_at_t.append(error(diffusion, output, x, x_t, t, eps))
+        errors.append(torch.stack(errors_at_t).mean(0).cpu())
+    return torch.cat(errors)
 
 
-def evaluate_candidates(matcher, candidates, bank, measure, rows=slice(None)):
-    """`evaluate_pairs` of the pairs of candidates, or of some rows of them."""
+def pair_error(matcher, candidates, bank, error, rows=slice(None)):
+    """`mean_error` of the pairs of candidates, or of some rows of them."""
     image, text = candidates.pairs[rows].T
     texts = [candidates.texts[i] for i in text.tolist()]
-    return evaluate_pairs(matcher, candidates.x_0[image], texts, bank, measure)
+    return mean_error(matcher, candidates.x_0[image], texts, bank, error)
 
 
-def empty_error(matcher, candidates, bank, measure):
+def empty_error(matcher, candidates, bank, error):
     """The error without a text, evaluated once for each image; for each pair that of its image."""
     texts = [""] * len(candidates.x_0)
-    _, error = evaluate_pairs(matcher, candidates.x_0, texts, bank, measure)
-    return error[candidates.pairs[:, 0]]
+    return mean_error(matcher, candidates.x_0, texts, bank, error)[candidates.pairs[:, 0]]
 
 
-def denoising(matcher, candidates, bank):
+def denoising(matcher, candidates, bank, error):
     """Diffusion Classifier. Returns scores (M,) and the number of evaluations, as all below."""
-    _, error = evaluate_candidates(matcher, candidates, bank, mean_square)
-    return -error, len(candidates.pairs) * len(bank)
-
-
-def itm(matcher, candidates, bank):
-    """DiffusionITM: the error that the text takes away."""
-    _, error = evaluate_candidates(matcher, candidates, bank, mean_square)
-    scores = empty_error(matcher, candidates, bank, mean_square) - error
-    return scores, (len(candidates.pairs) + len(candidates.x_0)) * len(bank)
-
-
-def hybrid(matcher, candidates, bank):
-    """The release: the attention score, and the error that the text takes away."""
-    score, error = evaluate_candidates(matcher, candidates, bank, mean_absolute)
-    scores = score + empty_error(matcher, candidates, bank, mean_absolute) - error
-    return scores, (len(candidates.pairs) + len(candidates.x_0)) * len(bank)
-
-
-def attention(matcher, candidates, bank):
-    scores = dsd.attention_scores(matcher, candidates, bank)
+    scores = -pair_error(matcher, candidates, bank, error)
     return scores, len(candidates.pairs) * len(bank)
+
+
+def itm(matcher, candidates, bank, error):
+    """DiffusionITM: the error that the text takes away."""
+    scores = empty_error(matcher, candidates, bank, error)
+    scores = scores - pair_error(matcher, candidates, bank, error)
+    return scores, (len(candidates.pairs) + len(candidates.x_0)) * len(bank)
+
+
+def by_attention(matcher, candidates, bank=None):
+    """The attention score or, with matcher.cfg.score "hybrid", the hybrid; bank: another one."""
+    bank = bank or matcher.bank
+    evaluations = len(candidates.pairs) * len(bank)
+    if matcher.cfg.score == "hybrid":
+        evaluations += len(candidates.x_0) * len(bank)
+    return dsd.match(matcher, candidates, bank), evaluations
 
 
 # ------------------------------------------------------------------------------------ with pruning
@@ -117,7 +133,7 @@ def prune_candidates(errors, candidates, alive):
             alive[left] = behind.mean(1) <= 2 * standard_error
 
 
-def pruned_denoising(matcher, candidates, bank, every=4):
+def pruned_denoising(matcher, candidates, bank, error, every=4):
     """`denoising`, but after every four (t, eps) candidates that are surely behind drop out.
 
     A dropped candidate scores -inf. The last one of a group is not evaluated any more.
@@ -131,7 +147,7 @@ def pruned_denoising(matcher, candidates, bank, every=4):
         if not contested:
             break
         rows = torch.cat(contested)
-        _, errors[rows, n] = evaluate_candidates(matcher, candidates, [noise], mean_square, rows)
+        errors[rows, n] = pair_error(matcher, candidates, [noise], error, rows)
         evaluations += len(rows)
         if n % every == every - 1:
             prune_candidates(errors[:, :n + 1], candidates, alive)
@@ -166,8 +182,9 @@ def clip_scores(clip, candidates, batch_size=256):
 def tune_clip(clip, candidates, steps=150, batch_size=64, lr=1e-4):
     """A copy of a CLIP, all of it tuned on labelled groups by CLIP's own loss.
 
-    An image is compared with all texts of the batch, which costs a CLIP nothing. Judged on other
-    training groups, the hinge loss, LoRA, rates of 3e-5 to 4e-3, 200 and 500 steps were no better.
+    An image is compared with all texts of the batch and a text with all images, which costs a CLIP
+    nothing. Judged on other training groups, the hinge loss, LoRA, rates of 3e-5 to 4e-3, 200 and
+    500 steps were no better.
     """
     clip = copy.copy(clip)
     clip.model = copy.deepcopy(clip.model).requires_grad_(True)
@@ -178,11 +195,14 @@ def tune_clip(clip, candidates, steps=150, batch_size=64, lr=1e-4):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20) * (1 - step / steps)
         batch = rng.sample(examples, min(batch_size, len(examples)))
         pairs = [pair for right, wrong, _ in batch for pair in [right, *wrong]]
-        texts = sorted({text for _, text in pairs})                        # numbers, each once
-        images = candidates.images[[right[0] for right, _, _ in batch]]
-        image, text = clip_features(clip, images, [candidates.texts[i] for i in texts])
-        answers = torch.tensor([texts.index(right[1]) for right, _, _ in batch])
-        loss = F.cross_entropy(50 * image @ text.T, answers.to(clip.device))
+        images = sorted({image for image, _ in pairs})                     # numbers, each once
+        texts = sorted({text for _, text in pairs})
+        image, text = clip_features(
+            clip, candidates.images[images], [candidates.texts[i] for i in texts])
+        logits = 50 * image @ text.T                                       # (images, texts)
+        row = torch.tensor([images.index(right[0]) for right, _, _ in batch], device=clip.device)
+        column = torch.tensor([texts.index(right[1]) for right, _, _ in batch], device=clip.device)
+        loss = F.cross_entropy(logits[row], column) + F.cross_entropy(logits.T[column], row)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -190,43 +210,180 @@ def tune_clip(clip, candidates, steps=150, batch_size=64, lr=1e-4):
     return clip
 
 
+# ------------------------------------------------------------------------------------- any groups
+def read_comvg(path, folder):
+    """The groups of ComVG's CSV: a sentence, a right and a wrong image (<id>.jpg in a folder)."""
+    images = {file.stem: str(file) for file in Path(folder).iterdir()
+              if file.suffix.lower() in common.IMAGE_SUFFIXES}
+    rng = random.Random(0)
+    groups = []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        for row in rows:
+            order = rng.sample(("pos", "neg"), 2)                      # the right one anywhere
+            paths = [images[Path(row[f"{side}_image_id"]).stem] for side in order]
+            triplets = zip(("subject", "verb", "object"), row["pos_triplet"].split(","),
+                           row["neg_triplet"].split(","))
+            changed = [name for name, a, b in triplets if a.strip() != b.strip()]
+            kind = changed[0] if changed else "other"
+            groups.append({"pictures": paths, "texts": [row["sentence"]],
+                           "right": order.index("pos"), "kind": kind})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--comvg {path}: {error} is neither a column of it nor an image in "
+                        f"{folder}/: see --pictures") from None
+    return groups
+
+
+def retrieval_groups(data, pool_size, size):
+    """Each of the first validation images with all captions, and each caption with all images."""
+    items = common.CaptionedImages(data, "val", size).items[:pool_size]
+    paths = [str(path) for path, _, _ in items]
+    texts = [caption for _, captions, _ in items for caption in captions]
+    groups = []
+    first = 0
+    for i, (_, captions, _) in enumerate(items):
+        own = list(range(first, first + len(captions)))                # each of them is right
+        first += len(captions)
+        groups.append({"pictures": [paths[i]], "texts": texts, "right": own, "kind": "text"})
+        for caption in captions:
+            groups.append({"pictures": paths, "texts": [caption], "right": [i], "kind": "picture"})
+    return groups
+
+
+def verdicts(groups, tables):
+    """Which groups are matched right: {"<kind>_<measure>": array of 0 and 1}.
+
+    Measures: R@1, R@5 and R@10, where there are more candidates; in groups of two and two
+    Winoground's text, image and group. "all": R@1 over all kinds, if all groups have two
+    candidates. tables: for each group its scores (images, texts).
+    """
+    found = {}
+    for group, table in zip(groups, tables):
+        if "right" in group:
+            place = rank(table.ravel(), group["right"])
+            won = {f"R@{k}": place <= k for k in (1, 5, 10) if k < table.size}
+        else:
+            text = table[0, 0] > table[0, 1] and table[1, 1] > table[1, 0]
+            image = table[0, 0] > table[1, 0] and table[1, 1] > table[0, 1]
+            won = {"text": text, "image": image, "group": text and image}
+        for measure, verdict in won.items():
+            name = f"{group.get('kind', '')}_{measure}".strip("_")
+            found.setdefault(name, []).append(verdict)
+    if len(found) > 1 and all(table.size == 2 for table in tables):
+        found["all"] = matching.matched(groups, tables)
+    return {name: np.array(values, float) for name, values in found.items()}
+
+
+def load_for_grading(parser, args):
+    """The matcher of `grade`: the tuned run or, zero-shot, its base or the one that is named."""
+    of_error = args.score in ("denoising", "itm")
+    if args.zero_shot:
+        dsd.refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
+        cfg = dsd.Config(base=args.base)
+        matcher = dsd.zero_shot(cfg, dsd.load_base(cfg.base, args))
+    else:
+        dsd.refuse_flags(parser, args, ["base"], "a tuned run has its own base; see --zero-shot")
+        matcher = dsd.load_matcher(args.run, args)
+        if of_error:                                        # as published: of the network as it was
+            matcher = dsd.zero_shot(matcher.cfg, matcher.pipeline)
+    changes = {"times": (10, 990), "evaluations": 10} if of_error else {}
+    if args.score and not of_error:
+        changes["score"] = args.score
+    if args.times:
+        changes["times"] = tuple(args.times)
+    if args.evaluations:
+        changes["evaluations"] = args.evaluations
+    matcher.cfg = dataclasses.replace(matcher.cfg, **changes)
+    matcher.bank = dsd.noise_bank(matcher.pipeline, matcher.cfg.times, matcher.cfg.evaluations)
+    return matcher
+
+
+def grade(parser, args):
+    """Scores the groups of a file, of ComVG or of retrieval, and prints a table."""
+    if not args.comvg:
+        dsd.refuse_flags(parser, args, ["pictures"], "it names the folder of --comvg's images")
+    if not args.retrieval:
+        dsd.refuse_flags(parser, args, ["pool_size"], "it belongs to --retrieval")
+    matcher = load_for_grading(parser, args)
+    if args.groups:
+        groups = matching.read_groups(args.groups)
+    elif args.comvg:
+        groups = read_comvg(args.comvg, args.pictures)
+    else:
+        data = "data/shapes" if args.retrieval == "shapes" else args.retrieval
+        groups = retrieval_groups(data, args.pool_size, matcher.pipeline.image_size)
+    candidates = dsd.Candidates(groups, matcher.pipeline)
+    score = args.score or matcher.cfg.score
+    if score in ("attention", "hybrid"):
+        scores, evaluations = by_attention(matcher, candidates)
+    else:
+        rival = {"denoising": denoising, "itm": itm}[score]
+        scores, evaluations = rival(matcher, candidates, matcher.bank, target_error)
+    won = verdicts(groups, candidates.tables(scores))
+    cells = [f"{100 * w.mean():.1f} +- {100 * common.ci95(w):.1f}" for w in won.values()]
+    names = [name.removesuffix("_R@1") if "all" in won else name for name in won]
+    label = f"{score}, {'tuned' if matcher.cfg.lora_rank else 'zero-shot'}"
+    common.print_table([["right, %", *names], [label, *cells]],
+                       f"{args.groups or args.comvg or args.retrieval}, {len(groups)} groups")
+    print(f"{evaluations} network evaluations")
+
+
 # ----------------------------------------------------------------------------------------- compare
-def score_all(candidates, tuned, base, clip, tuned_clip):
+def tune_hybrid(tuned, candidates, folder):
+    """A matcher tuned as `tuned` was, but by the hybrid score, as the release does."""
+    cfg = dataclasses.replace(tuned.cfg, score="hybrid")
+    matcher = dsd.Matcher(cfg, tuned.pipeline)
+    args = argparse.Namespace(resume=(folder / "state.pt").exists(), overwrite=False)
+    dsd.train(cfg, matcher, candidates, folder, args)
+    return matcher
+
+
+def score_all(candidates, matchers):
     """Every way to match: {name in LABELS: (scores (M,), number of network evaluations)}."""
-    cfg = base.cfg
-    one = dsd.noise_bank(base.pipeline, cfg.times, 1)
-    anywhere = dsd.noise_bank(base.pipeline, (10, 990), 50)
-    # where this network decides what it generates; the 256 training groups show it, too
-    middle = dsd.noise_bank(base.pipeline, (600, 800), cfg.evaluations)
-    middle_one = dsd.noise_bank(base.pipeline, (600, 800), 1)
+    base = matchers["base"]
+    pipeline = base.pipeline
+    one = dsd.noise_bank(pipeline, base.cfg.times, 1)
+    anywhere = dsd.noise_bank(pipeline, (10, 990), 50)
+    # where this network decides what it generates; the training groups show it, too
+    middle = dsd.noise_bank(pipeline, (600, 800), base.cfg.evaluations)
+    middle_one = dsd.noise_bank(pipeline, (600, 800), 1)
     return {
-        "clip_zero_shot": clip_scores(clip, candidates),
-        "clip_few_shot": clip_scores(tuned_clip, candidates),
-        "zero_shot": attention(base, candidates, base.bank),
-        "accuracy": attention(tuned, candidates, base.bank),
-        "accuracy_one": attention(tuned, candidates, one),
-        "hybrid": hybrid(base, candidates, base.bank),
-        "denoising": pruned_denoising(base, candidates, anywhere),
-        "denoising_middle": denoising(base, candidates, middle),
-        "denoising_one": denoising(base, candidates, middle_one),
-        "itm": itm(base, candidates, middle),
+        "clip_zero_shot": clip_scores(matchers["clip"], candidates),
+        "clip_few_shot": clip_scores(matchers["tuned_clip"], candidates),
+        "zero_shot": by_attention(base, candidates),
+        "accuracy": by_attention(matchers["tuned"], candidates),
+        "accuracy_one": by_attention(matchers["tuned"], candidates, one),
+        "hybrid": by_attention(matchers["hybrid"], candidates),
+        "hybrid_tuned": by_attention(matchers["hybrid_tuned"], candidates),
+        "denoising": pruned_denoising(base, candidates, anywhere, noise_error),
+        "denoising_own_units": pruned_denoising(base, candidates, anywhere, target_error),
+        "denoising_middle": denoising(base, candidates, middle, noise_error),
+        "denoising_one": denoising(base, candidates, middle_one, noise_error),
+        "itm": itm(base, candidates, middle, noise_error),
     }
 
 
-def compare_pairs(groups, matchers):
-    """One image, two texts that differ in one field: prints a table, returns its figures."""
-    candidates = dsd.Candidates(groups, matchers[0].pipeline)
+def compare_pairs(annotations, samples, matchers):
+    """One image and two texts, two images and one text: prints a table, returns its figures."""
+    groups = matching.read_groups(annotations / "match_val.jsonl")[:len(matching.KINDS) * samples]
+    pairs = dsd.Candidates(groups, matchers["base"].pipeline)
+    groups = matching.read_groups(annotations / "match_pictures.jsonl")
+    pictures = dsd.Candidates(groups, matchers["base"].pipeline)
+    of_pictures = score_all(pictures, matchers)
     figures = {}
-    rows = [["right, %", "evaluations", *KINDS, "all", "+-"]]
-    for name, (scores, evaluations) in score_all(candidates, *matchers).items():
-        prefix = {"accuracy": "", "clip_zero_shot": "clip_"}.get(name, f"{name}_")     # of figures
-        won = dsd.verdicts(groups, candidates.tables(scores))
-        figures |= dsd.pair_figures(won, name, prefix)
-        figures[f"{prefix}evaluations"] = evaluations / len(groups)
-        rows.append([LABELS[name], f"{evaluations / len(groups):.0f}",
-                     *(figures[f"{prefix}{kind}"] for kind in KINDS),
-                     figures[name], figures[f"{name}_ci"]])
-    common.print_table(rows, f"two texts that differ in one field, {len(groups)} groups")
+    rows = [["right, %", "evaluations", *matching.PAIR_COLUMNS]]
+    for name, (scores, evaluations) in score_all(pairs, matchers).items():
+        figures |= matching.pair_figures(name, pairs.groups, pairs.tables(scores))
+        tables = pictures.tables(of_pictures[name][0])
+        figures |= matching.picture_figures(name, pictures.groups, tables)
+        count = evaluations / len(pairs.groups)
+        figures[f"{matching.figure_prefix(name)}evaluations"] = count
+        won = matching.matched(pictures.groups, tables)
+        figures[f"pictures_{name}_R@1"] = 100 * float(won.mean())
+        rows.append([LABELS[name], f"{count:.0f}", *matching.pair_row(name, figures)])
+    common.print_table(rows, f"{len(pairs.groups)} images with two texts, {len(pictures.groups)} "
+                       "texts with two images: the wrong one differs in one field")
     figures["relation_zero_shot"] = figures["zero_shot_relation"]
     figures["relation_over_clip"] = figures["relation"] - figures["clip_relation"]
     figures["over_clip_few_shot"] = figures["accuracy"] - figures["clip_few_shot"]
@@ -234,18 +391,18 @@ def compare_pairs(groups, matchers):
 
 
 def compare_tasks(annotations, count, matchers):
-    """Two images for a text, ten texts for an image, Winoground: a table, and its figures."""
+    """Ten texts for an image, and Winoground: prints a table, returns its figures."""
     figures = {}
     rows = {name: [label] for name, label in LABELS.items()}
-    for task in ("pictures", "ten", "winoground"):
-        groups = dsd.read_groups(annotations / f"match_{task}.jsonl")[:count]
+    for task in ("ten", "winoground"):
+        groups = matching.read_groups(annotations / f"match_{task}.jsonl")[:count]
         groups = [group | {"kind": ""} for group in groups]              # no row for each kind
-        candidates = dsd.Candidates(groups, matchers[0].pipeline)
-        for name, (scores, _) in score_all(candidates, *matchers).items():
-            for measure, won in dsd.verdicts(groups, candidates.tables(scores)).items():
+        candidates = dsd.Candidates(groups, matchers["base"].pipeline)
+        for name, (scores, _) in score_all(candidates, matchers).items():
+            for measure, won in verdicts(groups, candidates.tables(scores)).items():
                 figures[f"{task}_{name}_{measure}"] = 100 * float(won.mean())
                 rows[name].append(figures[f"{task}_{name}_{measure}"])
-    heading = ["right, %", "two images", "ten texts, R@1", "R@5", "swapped: text", "image", "group"]
+    heading = ["right, %", "ten texts, R@1", "R@5", "swapped: text", "image", "group"]
     widest = 1.96 * 50 * count**-0.5                             # the interval where 50 % are right
     common.print_table([heading, *rows.values()],
                        f"other tasks, {count} groups each, +- {widest:.0f} at the most")
@@ -253,36 +410,72 @@ def compare_tasks(annotations, count, matchers):
 
 
 def compare(args):
-    tuned = dsd.load_matcher(args.run, args.device, args.precision)
+    tuned = dsd.load_matcher(args.run, args)
     cfg = tuned.cfg
     pipeline = tuned.pipeline
-    if cfg.data != "shapes":
-        raise UserError(f"{args.run}/ was tuned on {cfg.data}: the rivals are graded on the toy "
-                        "world, --data shapes")
-    annotations = dsd.toy_groups(pipeline)
+    if cfg.data != "shapes" or cfg.score != "attention":
+        raise UserError(f"{args.run}/ was tuned on {cfg.data} by its {cfg.score} score: the rivals "
+                        "are graded on the toy world, and beside the attention score")
     begin = time.time()
-    groups = dsd.labelled_groups(annotations / "match_train.jsonl", cfg.shots)
+    annotations = dsd.toy_groups(pipeline)
+    groups = dsd.labelled_groups(annotations / "match_tune.jsonl", cfg.shots)
+    candidates = dsd.Candidates(groups, pipeline)
     clip = common.ClipScorer(pipeline.cfg.clip, pipeline.device)
-    tuned_clip = tune_clip(clip, dsd.Candidates(groups, pipeline))
-    base = dsd.Matcher(dsd.zero_shot(cfg), pipeline)
-    matchers = [tuned, base, clip, tuned_clip]
-    pairs = dsd.read_groups(annotations / "match_val.jsonl")[:len(KINDS) * args.samples]
-    figures = compare_pairs(pairs, matchers)
+    hybrid = dataclasses.replace(cfg, score="hybrid")
+    matchers = {
+        "tuned": tuned,
+        "base": dsd.zero_shot(cfg, pipeline),
+        "hybrid": dsd.zero_shot(hybrid, pipeline),
+        "hybrid_tuned": tune_hybrid(tuned, candidates, Path(args.run) / "hybrid"),
+        "clip": clip,
+        "tuned_clip": tune_clip(clip, candidates),
+    }
+    figures = compare_pairs(annotations, args.samples, matchers)
     figures |= compare_tasks(annotations, args.others, matchers)
     figures["compare_seconds"] = time.time() - begin
     common.write_results(args.run, figures)
 
 
+# -------------------------------------------------------------------------------------------- main
+def add_grade_flags(parser):
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--groups", help="groups of a file: RefCOCOg, VQA, Winoground")
+    task.add_argument("--comvg", help="ComVG's pairs of images, in its CSV file")
+    task.add_argument("--retrieval", help="find texts for images and images for texts: "
+                      '"shapes", or a folder in the layout of MS-COCO')
+    parser.add_argument("--pictures", default=".", help="--comvg: the folder of its images")
+    parser.add_argument("--pool-size", type=common.positive, default=50,
+                        help="--retrieval: number of images (default %(default)s)")
+    parser.add_argument("--score", choices=("attention", "denoising", "itm", "hybrid"),
+                        help="default: what the run was tuned for; denoising and itm are of the "
+                        "network before tuning, in its own units")
+    parser.add_argument("--zero-shot", action="store_true",
+                        help="match with --base as it is, without a tuned run")
+    parser.add_argument("--base", default=dsd.Config.base, help="default %(default)s")
+    parser.add_argument("--times", type=int, nargs=2,
+                        help="lowest and highest t (default: the run's; denoising and itm 10 990)")
+    parser.add_argument("--evaluations", type=common.positive,
+                        help="values of t (default: the run's; denoising and itm 10)")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=["compare"], help="what to do")
-    parser.add_argument("--run", default="runs/dsd", help="tuned run (default %(default)s)")
-    parser.add_argument("--samples", type=common.positive, default=512,
-                        help="held-out pairs of each kind (default %(default)s)")
-    parser.add_argument("--others", type=common.positive, default=128,
-                        help="groups of each other task (default %(default)s)")
-    common.add_device_flags(parser)
-    compare(parser.parse_args())
+    experiments = parser.add_subparsers(dest="experiment", required=True, help="what to do")
+    of_compare = experiments.add_parser("compare", help="the rivals on the toy world")
+    of_compare.add_argument("--samples", type=common.positive, default=256,
+                            help="held-out pairs of each kind (default %(default)s)")
+    of_compare.add_argument("--others", type=common.positive, default=128,
+                            help="groups of each other task (default %(default)s)")
+    of_grade = experiments.add_parser("grade", help="any groups of candidates, by any score")
+    add_grade_flags(of_grade)
+    for each in (of_compare, of_grade):
+        each.add_argument("--run", default="runs/dsd", help="tuned run (default %(default)s)")
+        common.add_device_flags(each)
+    args = parser.parse_args()
+    if args.experiment == "grade":
+        grade(of_grade, args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":

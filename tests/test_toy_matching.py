@@ -1,5 +1,6 @@
 """The groups of images and texts that the matcher is tuned and graded on."""
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ from toy.shapes import ADJECTIVES, FIELDS, NOUNS, NUMBERS, OPPOSITE, Group, Scen
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = shapes.build(tmp_path_factory.mktemp("matching") / "world", train=60, val=80)
+    folder = shapes.build(tmp_path_factory.mktemp("matching") / "world", train=160, val=80)
     assert matching.build_matching(folder, train=40, test=8, others=24) == folder
     return folder
 
@@ -22,7 +23,7 @@ def world(tmp_path_factory):
 def read(world, name):
     """The groups of a file, each with the scene of its first or right image."""
     path = world / "annotations" / f"match_{name}.jsonl"
-    scenes = dict(matching.read_scenes(world, "train" if name == "train" else "val"))
+    scenes = dict(matching.read_scenes(world, "train" if name == "tune" else "val"))
     groups = [json.loads(line) for line in path.read_text().splitlines()]
     return [(group, next(scenes[image] for image in group["pictures"] if image in scenes))
             for group in groups]
@@ -41,9 +42,17 @@ def groups_in(text):
     return Counter(Group(*(table[word] for table, word in zip(tables, words))) for words in found)
 
 
-@pytest.mark.parametrize("name, count", [("train", 40), ("val", 32)])
+def test_training_groups_take_turns_a_wrong_text_and_a_wrong_image(world):
+    groups = [group for group, _ in read(world, "tune")]
+    assert [len(group["texts"]) for group in groups] == 40 * [2, 1]
+    assert [len(group["pictures"]) for group in groups] == 40 * [1, 2]
+    for of_two in (groups[::2], groups[1::2]):
+        assert [group["kind"] for group in of_two] == 10 * list(FIELDS)
+
+
+@pytest.mark.parametrize("name, count", [("tune", 40), ("val", 32)])
 def test_a_wrong_text_is_wrong_in_one_field(world, name, count):
-    groups = read(world, name)
+    groups = [(group, scene) for group, scene in read(world, name) if len(group["texts"]) == 2]
     assert [group["kind"] for group, _ in groups] == count // 4 * list(FIELDS)
     for group, scene in groups:
         right, wrong = (groups_in(group["texts"][i]) for i in (group["right"], 1 - group["right"]))
@@ -54,7 +63,7 @@ def test_a_wrong_text_is_wrong_in_one_field(world, name, count):
             [before], [after] = right - wrong, wrong - right
             different = [f for f in FIELDS[:3] if getattr(before, f) != getattr(after, f)]
             assert different == [group["kind"]]
-        if name == "train":
+        if name == "tune":
             assert not any(map(shapes.held_out, wrong))
 
 
@@ -77,11 +86,17 @@ def test_the_right_candidate_goes_to_any_place():
     assert min(places[i] for i in range(3)) > 10
 
 
-def test_a_wrong_image_is_wrong_in_its_field(world):
-    for group, scene in read(world, "pictures"):
-        wrong = group["pictures"][1 - group["right"]]
-        assert not judge.judge(things_in(world, wrong), scene)[group["kind"]]
+@pytest.mark.parametrize("name, count", [("tune", 40), ("pictures", 24)])
+def test_a_wrong_image_is_wrong_in_its_field(world, name, count):
+    groups = [(group, scene) for group, scene in read(world, name) if len(group["texts"]) == 1]
+    assert len(groups) == count
+    for group, scene in groups:
+        things = things_in(world, group["pictures"][1 - group["right"]])
+        assert not judge.judge(things, scene)[group["kind"]]
         assert groups_in(group["texts"][0]) == Counter(scene.groups)
+        if name == "tune":                           # a held-out triple would give it away
+            triples = Counter((thing.colour, thing.shape) for thing in things)
+            assert not any(shapes.held_out(Group(count, *pair)) for pair, count in triples.items())
 
 
 def test_winoground_has_the_same_words_in_another_order(world):
@@ -92,3 +107,25 @@ def test_winoground_has_the_same_words_in_another_order(world):
         assert second == b + relation + a and groups_in(a) == Counter(scene.groups[:1])
         opposite = Scene(scene.groups, OPPOSITE[scene.relation])
         assert judge.judge(things_in(world, group["pictures"][1]), opposite)["all"]
+
+
+# ---------------------------------------------------------------------------------------- grading
+def test_a_tie_is_never_won():
+    assert [matching.rank(np.array([3.0, 1.0, 2.0, 2.0]), i) for i in range(4)] == [1, 4, 3, 3]
+    assert matching.rank(np.array([3.0, 1.0, 2.0, 2.0]), [1, 2]) == 3   # the best of several right
+    assert matching.rank(np.array([1.0, math.nan]), 0) == 2
+    assert matching.rank(np.array([math.nan, 1.0]), 0) == 2
+
+
+def test_figures_are_of_all_groups_and_of_each_kind():
+    groups = [{"right": i % 2, "kind": kind} for i, kind in enumerate(2 * FIELDS)]
+    tables = [np.array([[1.0, 0.0]])] * 8                  # the first is ahead: right if i is even
+    figures = matching.pair_figures("accuracy", groups, tables)
+    assert [figures[kind] for kind in FIELDS] == [100, 0, 100, 0] and figures["accuracy"] == 50
+    figures |= matching.picture_figures("accuracy", groups[::2], tables[::2])
+    assert figures["one_text_two_pictures"] == 100 and figures["one_text_two_pictures_ci"] == 0
+    row = matching.pair_row("accuracy", figures)
+    assert row == [100, 0, 100, 0, 50, figures["accuracy_ci"], 100, 0]
+    assert len(row) == len(matching.PAIR_COLUMNS)
+    names = matching.pair_figures("hybrid", groups, tables)
+    assert {"hybrid", "hybrid_ci", "hybrid_count", "hybrid_relation_ci"} <= set(names)

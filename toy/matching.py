@@ -1,18 +1,23 @@
-"""Images and texts to match, in the format that `dsd.py` reads: one group a line, as JSON.
+"""Groups of images and texts to match: their format, and those of the toy world.
 
+A file has one group a line, as JSON:
     {"pictures": ["../val2017/000000000007.png"], "texts": ["two red discs", "three red discs"],
      "right": 0, "kind": "count"}
 
 A group is one image and several texts, or several images and one text, of which number "right" is
 right; or, as in Winoground, two images and two texts, the first text for the first image and the
-second for the second. Paths are relative to the file.
+second for the second. Paths are relative to the file. "kind" is optional: a column of the table.
 """
+import os
 import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
-from common import read_json
+import common
+from common import UserError, read_json, read_json_lines
 from toy import shapes
 from toy.language import write_lines
 from toy.shapes import FIELDS, OPPOSITE, Scene, change_field
@@ -20,11 +25,43 @@ from toy.shapes import FIELDS, OPPOSITE, Scene, change_field
 KINDS = FIELDS               # of groups with one wrong candidate: the field that is changed
 
 
+def read_groups(path):
+    """The groups of a file, with paths of images that hold from here."""
+    groups = read_json_lines(path, path, ())
+    for n, group in enumerate(groups, 1):
+        try:
+            sizes = [len(group["pictures"]), len(group["texts"])]
+            labelled = min(sizes) == 1 < max(sizes) and group.get("right") in range(max(sizes))
+            winoground = sizes == [2, 2] and "right" not in group
+            are_strings = [isinstance(name, str) for name in group["pictures"] + group["texts"]]
+            if not (labelled or winoground) or not all(are_strings):
+                raise ValueError
+            group["pictures"] = [os.path.normpath(Path(path).parent / image)
+                                 for image in group["pictures"]]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f'{path}, line {n}: expected {{"pictures": [...], "texts": [...], '
+                            '"right": number}, one of the lists of length 1, or two of each '
+                            "without right") from None
+    return groups
+
+
+def load_images(paths, size):
+    """uint8 (N, 3, size, size). Raises UserError for an image that cannot be read."""
+    images = [common.load_image(path, size) for path in paths]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
 def read_scenes(folder, split):
     """[(path of the image, scene)] of a split."""
     content = read_json(Path(folder) / "annotations" / f"captions_{split}2017.json")
     return [(f"../{split}2017/{image['file_name']}", Scene.from_json(image["scene"]))
             for image in content["images"]]
+
+
+def shuffled_scenes(folder, split, rng):
+    scenes = read_scenes(folder, split)
+    rng.shuffle(scenes)
+    return scenes
 
 
 def draw(scene, folder, name, size, rng):
@@ -48,32 +85,53 @@ def shuffled(kind, images, texts, rng):
     return {"pictures": images, "texts": texts, "right": order.index(0), "kind": kind}
 
 
-def one_wrong_text(folder, split, count, rng):
-    """`count` images, each with a right text and one with a single field changed, KINDS in turn.
+def change(scene, kind, split, rng):
+    """The scene with a single field changed, or None if no such change is found.
 
-    In training, wrong texts have no held-out triples either: they would give the wrong text away.
+    In training, a wrong scene has no held-out triples either: they would give it away.
     """
-    scenes = read_scenes(folder, split)
-    rng.shuffle(scenes)
+    for _ in range(100):
+        changed = change_field(scene, kind, rng)
+        if split != "train" or not changed.unseen:
+            return changed
+
+
+def take_scene(scenes, kind):
+    """Takes the first (path, scene) out of a list in which this field can be changed."""
+    # only a scene with a relation can have it changed
+    place = next(i for i, (_, scene) in enumerate(scenes) if scene.relation or kind != "relation")
+    return scenes.pop(place)
+
+
+def one_wrong_text(scenes, split, count, rng):
+    """`count` images, each with a right text and one with a single field changed, KINDS in turn."""
     groups = []
     while len(groups) < count:
         kind = KINDS[len(groups) % 4]
-        # only a scene with a relation can have it changed
-        place = next(i for i, (_, scene) in enumerate(scenes)
-                     if scene.relation or kind != "relation")
-        path, scene = scenes.pop(place)
-        for _ in range(100):                         # some scenes have no such change: left out
-            changed = change_field(scene, kind, rng)
-            if split != "train" or not changed.unseen:
-                groups.append(shuffled(kind, [path], tell_alike([scene, changed], rng), rng))
-                break
+        path, scene = take_scene(scenes, kind)
+        changed = change(scene, kind, split, rng)
+        if changed:
+            groups.append(shuffled(kind, [path], tell_alike([scene, changed], rng), rng))
     return groups
 
 
-def one_wrong_image(path, scene, kind, folder, name, size, rng):
-    """A text with its image and another one, in which a single field is changed."""
-    other = draw(change_field(scene, kind, rng), folder, name, size, rng)
+def one_wrong_image(path, scene, changed, kind, folder, name, size, rng):
+    """A text with its image and another one, of the changed scene."""
+    other = draw(changed, folder, name, size, rng)
     return shuffled(kind, [path, other], tell_alike([scene], rng), rng)
+
+
+def one_wrong_image_each(scenes, folder, count, size, rng):
+    """`count` texts for training, each with two images as above, KINDS in turn."""
+    groups = []
+    while len(groups) < count:
+        kind = KINDS[len(groups) % 4]
+        path, scene = take_scene(scenes, kind)
+        changed = change(scene, kind, "train", rng)
+        if changed:
+            name = f"train-{len(groups):04d}"
+            groups.append(one_wrong_image(path, scene, changed, kind, folder, name, size, rng))
+    return groups
 
 
 def nine_wrong_texts(path, scene, rng):
@@ -98,27 +156,83 @@ def swapped(path, scene, folder, name, size, rng):
 def build_matching(folder="data/shapes", size=24, train=5_120, test=512, others=256, seed=0):
     """Writes annotations/match_*.jsonl and their images, if they are not there; returns the folder.
 
-    match_train: `train` groups of an image, a right and a wrong text; match_val: `test` of each of
-    KINDS. match_pictures, match_ten, match_winoground: `others` groups of two images and a text, of
-    an image and ten texts, of two images and two texts.
+    match_tune: `train` groups of an image, a right and a wrong text, which take turns with as many
+    of a text, a right and a wrong image; match_val: `test` groups of two texts of each of KINDS.
+    match_pictures, match_ten, match_winoground: `others` groups of two images and a text, of an
+    image and ten texts, of two images and two texts.
     """
     annotations = Path(folder) / "annotations"
-    if (annotations / "match_winoground.jsonl").exists():
+    if (annotations / "match_tune.jsonl").exists():
         return folder
     (Path(folder) / "match2017").mkdir(exist_ok=True)
     rng = random.Random(seed)
-    write_lines(annotations / "match_train.jsonl", one_wrong_text(folder, "train", train, rng))
-    write_lines(annotations / "match_val.jsonl", one_wrong_text(folder, "val", 4 * test, rng))
+    train_scenes = shuffled_scenes(folder, "train", rng)
+    train_texts = one_wrong_text(train_scenes, "train", train, rng)
+    val_texts = one_wrong_text(shuffled_scenes(folder, "val", rng), "val", 4 * test, rng)
     with_relation = [pair for pair in read_scenes(folder, "val") if pair[1].relation]
     two = []
     ten = []
     winoground = []
     for i, (path, scene) in enumerate(rng.sample(with_relation, others)):
         kind = KINDS[i % 4]
-        two.append(one_wrong_image(path, scene, kind, folder, f"{i:04d}-{kind}", size, rng))
+        changed = change_field(scene, kind, rng)
+        name = f"{i:04d}-{kind}"
+        two.append(one_wrong_image(path, scene, changed, kind, folder, name, size, rng))
         ten.append(nine_wrong_texts(path, scene, rng))
         winoground.append(swapped(path, scene, folder, f"{i:04d}-swapped", size, rng))
+    train_images = one_wrong_image_each(train_scenes, folder, train, size, rng)
+    in_turn = [group for pair in zip(train_texts, train_images) for group in pair]
+    write_lines(annotations / "match_val.jsonl", val_texts)
     write_lines(annotations / "match_pictures.jsonl", two)
     write_lines(annotations / "match_ten.jsonl", ten)
     write_lines(annotations / "match_winoground.jsonl", winoground)
+    write_lines(annotations / "match_tune.jsonl", in_turn)
     return folder
+
+
+# ---------------------------------------------------------------------------------------- graded
+PAIR_COLUMNS = [*KINDS, "all", "+-", "two images", "+-"]
+
+
+def rank(scores, right):
+    """Place of the right candidate, or of the best right one: 1 if it is above all others."""
+    others = np.delete(scores, right)
+    behind = np.max(scores[right]) > others                  # false in a tie and for nan
+    return 1 + int((~behind).sum())
+
+
+def matched(groups, tables):
+    """Of each group with a right candidate, whether it is first: 0 and 1, (groups,).
+
+    tables: for each group its scores (images, texts).
+    """
+    return np.array([rank(table.ravel(), group["right"]) == 1
+                     for group, table in zip(groups, tables)], float)
+
+
+def figure_prefix(name):
+    """How the names of the figures of a matcher begin that are not its figure over all kinds."""
+    return {"accuracy": "", "clip_zero_shot": "clip_"}.get(name, f"{name}_")
+
+
+def pair_figures(name, groups, tables):
+    """% of groups matched right: {name: of all, <prefix>count: of those of a kind, ...}."""
+    right = matched(groups, tables)
+    kinds = np.array([group["kind"] for group in groups])
+    figures = common.percent(name, right)
+    for kind in KINDS:
+        figures |= common.percent(figure_prefix(name) + kind, right[kinds == kind])
+    return figures
+
+
+def picture_figures(name, groups, tables):
+    """The same of groups of one text and two images."""
+    return common.percent(figure_prefix(name) + "one_text_two_pictures", matched(groups, tables))
+
+
+def pair_row(name, figures):
+    """The figures in the order of PAIR_COLUMNS."""
+    prefix = figure_prefix(name)
+    names = [prefix + kind for kind in KINDS] + [name, f"{name}_ci"]
+    names += [f"{prefix}one_text_two_pictures", f"{prefix}one_text_two_pictures_ci"]
+    return [figures[name] for name in names]
