@@ -120,6 +120,20 @@ def test_comparisons_are_by_seed_and_hold_no_figure_that_is_not_known(tmp_path, 
 
 def test_a_finished_variant_is_kept_with_its_curve(tmp_path, toy_data, clip_folder, monkeypatch):
     monkeypatch.setattr(fusion, "CURVE_SCENES", slice(32, 40))
+    grade_images = fusion.judge.grade_images
+    load_pipeline = fusion.uvit_fusion.load_pipeline
+    graded = []
+    loaded = []
+
+    def grade(images, scenes, unseen):
+        graded.append(scenes)
+        return grade_images(images, scenes, unseen)
+
+    def load(path, *rest):
+        loaded.append(path.name)
+        return load_pipeline(path, *rest)
+    monkeypatch.setattr(fusion.judge, "grade_images", grade)
+    monkeypatch.setattr(fusion.uvit_fusion, "load_pipeline", load)
     command = ["experiments.fusion", "compare", "--data", toy_data, "--clip", clip_folder, *TINY,
                "--size", 24, "--patch", 8, "--steps", 8, "--samples", 8, "--seeds", 1,
                "--device", "cpu", "--precision", "fp32", "--variants"]
@@ -128,11 +142,14 @@ def test_a_finished_variant_is_kept_with_its_curve(tmp_path, toy_data, clip_fold
     folder = tmp_path / "runs" / "compare"
     curve = common.read_json(folder / "early-0" / "curve.json")
     assert [step for step, _ in curve] == [0, 4, 5, 6, 7, 8]
+    assert loaded[:5] == [f"step{step}.safetensors" for step in (4, 5, 6, 7, 8)]
+    scenes, _, _ = fusion.judge.validation_scenes(toy_data, 64)
+    assert graded == [scenes[:8]] + 5 * [scenes[32:40]]        # the table's, and the curve's
     weights = folder / "early-0" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     status, _, errors = run(*command, "early", "v2c0", cwd=tmp_path)
     assert status == 0, errors
-    assert weights.stat().st_mtime_ns == before
+    assert weights.stat().st_mtime_ns == before and len(graded) == 12
     assert (folder / "v2c0-0" / "compared.json").exists()
     assert (folder / "samples" / "variants.png").exists()
 
