@@ -178,7 +178,7 @@ def attention(q, k, v, bias=None):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return softmax_attention(q, k, v, bias)
     if bias is not None:
-        bias = bias.to(q.dtype)                                  # the kernel takes no other
+        bias = bias.to(q.dtype)                                  # the kernel wants one dtype
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -254,7 +254,7 @@ def padding_bias(mask, before=0, after=0):
 def init_linear(model, std=None):
     """Truncated normal weights and zero biases in all linear layers.
 
-    std: of the weights; None: 1 / sqrt(fan-in), which keeps the size of what passes through.
+    std: of the weights; None: 1 / sqrt(fan-in), which keeps the variance of what passes through.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -303,11 +303,11 @@ class UViT(nn.Module):
         self.image_blocks = cfg.image_blocks                         # at either end
         self.joint_blocks = cfg.depth + 1 - 2 * cfg.image_blocks
         patches = (cfg.size // cfg.patch)**2
-        # modules have their published names
+        # the names of the modules are those of the published U-ViT
         conv = nn.Conv2d(cfg.channels, cfg.dim, cfg.patch, stride=cfg.patch)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         self.context_embed = nn.Linear(cfg.text_dim, cfg.dim)
-        # in the order [time, text, patches], in all variants
+        # of [time, text, patches], in this order in all variants
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.length + patches, cfg.dim))
         self.in_blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(half))
         self.mid_block = Block(cfg.dim, cfg.heads)
@@ -327,11 +327,8 @@ class UViT(nn.Module):
             init_linear(self, std=0.02)                              # as published
 
     def run_block(self, block, x, skip=None, context=None, bias=None, logits=None):
-        """block(x, skip, context, bias, logits).
-
-        With cfg.recompute the backward pass computes the activations again, to save memory.
-        """
-        # with `logits`, the second pass would append them again
+        """Runs a block; with cfg.recompute the backward pass computes its activations anew."""
+        # not with `logits`, which would be appended twice
         if self.recompute and torch.is_grad_enabled() and logits is None:
             return checkpoint(block, x, skip, context, bias, use_reentrant=False)
         return block(x, skip, context, bias, logits)
@@ -367,12 +364,12 @@ class UViT(nn.Module):
         patches = x.shape[1] - 1
         length = y.shape[1]
         context = y if self.cross else None
-        bias = None
-        if self.mask_text:
-            if self.cross:                                        # keys: [time, patches, text]
-                bias = padding_bias(mask, before=1 + patches)
-            else:                                                 # keys: [time, text, patches]
-                bias = padding_bias(mask, before=1, after=patches)
+        if not self.mask_text:
+            bias = None
+        elif self.cross:                                          # keys: [time, patches, text]
+            bias = padding_bias(mask, before=1 + patches)
+        else:                                                     # keys: [time, text, patches]
+            bias = padding_bias(mask, before=1, after=patches)
         logits = [] if return_logits else None
         skips = []
         for block in self.in_blocks[:self.image_blocks]:          # image only
@@ -556,7 +553,10 @@ def cfg_denoiser(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
 
 # ---------------------------------------------------------------------------------------- pipeline
 class ImageNoise:
-    """noise() -> fresh noise (B, C, S, S); each image has its own generator, on the CPU."""
+    """noise() -> fresh noise (B, C, S, S).
+
+    Each image has its own generator, on the CPU: its noise depends on neither batch nor device.
+    """
     def __init__(self, cfg, seed, first, count, device):
         self.shape = (cfg.channels, cfg.size, cfg.size)
         self.device = device
@@ -781,7 +781,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank)
-    network = torch.compile(model) if args.compile else model    # has the weights of model
+    network = torch.compile(model) if args.compile else model    # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
