@@ -119,7 +119,7 @@ class Config:
     accumulate: int = 1  # gradient accumulation: parts of a batch, one after the other
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     seed: int = 0  # of weights, order and noise
-    snapshot_at: tuple = (2000,)  # step whose EMA weights are kept, for fine_rewards.py (0: none)
+    snapshot_at: tuple = (2000,)  # steps whose EMA weights are kept, for fine_rewards.py (0: none)
     # the sampling: defaults of Pipeline.generate
     guidance: float = 3.0  # w
     guidance_interval: tuple = (0.6, 1.0)  # guide where t / T lies within
@@ -190,7 +190,7 @@ def attention(q, k, v, bias=None):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return softmax_attention(q, k, v, bias)
     if bias is not None:
-        bias = bias.to(q.dtype)                                  # the kernel takes no other
+        bias = bias.to(q.dtype)                                  # the kernel wants one dtype
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -202,10 +202,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)           # rows: (q, k, v) x heads x d
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, context=None, bias=None, return_logits=False):
+    def forward(self, x, context=None, bias=None, logits=None):
         """context (B, K - Q, D) provides keys and values only. Returns (B, Q, D).
 
-        return_logits: also the logits q k^T / sqrt(d) + bias, (B, H, Q, K) in float32.
+        logits: a list that gets q k^T / sqrt(d) + bias, (B, H, Q, K) in float32.
         """
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -217,13 +217,10 @@ class Attention(nn.Module):
         q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
         k = rearrange(k, "b n (h d) -> b h n d", h=self.heads)
         v = rearrange(v, "b n (h d) -> b h n d", h=self.heads)
-        out = self.proj(rearrange(attention(q, k, v, bias), "b h n d -> b n (h d)"))
-        if not return_logits:
-            return out
-        logits = (q @ k.transpose(-2, -1)).float() * q.shape[-1]**-0.5
-        if bias is not None:
-            logits = logits + bias
-        return out, logits
+        if logits is not None:
+            qk = (q @ k.transpose(-2, -1)).float() * q.shape[-1]**-0.5
+            logits.append(qk if bias is None else qk + bias)
+        return self.proj(rearrange(attention(q, k, v, bias), "b h n d -> b n (h d)"))
 
 
 class MLP(nn.Module):
@@ -247,19 +244,14 @@ class Block(nn.Module):
         if skip:
             self.skip_linear = nn.Linear(2 * dim, dim)
 
-    def forward(self, x, skip=None, context=None, bias=None, return_logits=False):
+    def forward(self, x, skip=None, context=None, bias=None, logits=None):
         """x, skip (B, Q, D) -> (B, Q, D); the rest as in `Attention`."""
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         if context is not None:
             context = self.norm1(context)
-        if return_logits:
-            attended, logits = self.attn(self.norm1(x), context, bias, return_logits=True)
-        else:
-            attended = self.attn(self.norm1(x), context, bias)
-        x = x + attended
-        x = x + self.mlp(self.norm2(x))
-        return (x, logits) if return_logits else x
+        x = x + self.attn(self.norm1(x), context, bias, logits)
+        return x + self.mlp(self.norm2(x))
 
 
 def padding_bias(mask, before=0, after=0):
@@ -274,7 +266,7 @@ def padding_bias(mask, before=0, after=0):
 def init_linear(model, std=None):
     """Truncated normal weights and zero biases in all linear layers.
 
-    std: of the weights; None: 1 / sqrt(fan-in), which keeps the size of what passes through.
+    std: of the weights; None: 1 / sqrt(fan-in), which keeps the variance of what passes through.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -323,11 +315,11 @@ class UViT(nn.Module):
         self.image_blocks = cfg.image_blocks                         # at either end
         self.joint_blocks = cfg.depth + 1 - 2 * cfg.image_blocks
         patches = (cfg.size // cfg.patch)**2
-        # modules have their published names
+        # the names of the modules are those of the published U-ViT
         conv = nn.Conv2d(cfg.channels, cfg.dim, cfg.patch, stride=cfg.patch)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         self.context_embed = nn.Linear(cfg.text_dim, cfg.dim)
-        # in the order [time, text, patches], in all variants
+        # of [time, text, patches], in this order in all variants
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.length + patches, cfg.dim))
         self.in_blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(half))
         self.mid_block = Block(cfg.dim, cfg.heads)
@@ -347,26 +339,20 @@ class UViT(nn.Module):
             init_linear(self, std=0.02)                              # as published
 
     def run_block(self, block, x, skip=None, context=None, bias=None, logits=None):
-        """block(x, skip, context, bias); its attention logits go to the list `logits`, if given.
-
-        With cfg.recompute the backward pass computes the activations again, to save memory.
-        """
-        if logits is not None:
-            x, block_logits = block(x, skip, context, bias, return_logits=True)
-            logits.append(block_logits)
-            return x
-        if self.recompute and torch.is_grad_enabled():
+        """Runs a block; with cfg.recompute the backward pass computes its activations anew."""
+        # not with `logits`, which would be appended twice
+        if self.recompute and torch.is_grad_enabled() and logits is None:
             return checkpoint(block, x, skip, context, bias, use_reentrant=False)
-        return block(x, skip, context, bias)
+        return block(x, skip, context, bias, logits)
 
-    def encode_text(self, text, mask=None):
+    def encode_text(self, text, mask):
         """text (B, L, text_dim), mask (B, L) -> caption tokens (B, L, D).
 
         They depend on neither t nor x_t: when sampling, once per prompt is enough.
         """
         y = self.context_embed(text)
         y = y + self.pos_embed[:, 1:1 + self.length].to(y.dtype)      # bf16 stays bf16: see `embed`
-        bias = padding_bias(mask) if self.mask_text and mask is not None else None
+        bias = padding_bias(mask) if self.mask_text else None
         for block in self.caption_blocks:
             y = self.run_block(block, y, bias=bias)
         return y
@@ -381,7 +367,7 @@ class UViT(nn.Module):
         time_token = timestep_embedding(t, x.shape[-1]).to(x.dtype)[:, None] + positions[:, :1]
         return torch.cat([time_token, x], dim=1)
 
-    def denoise(self, x, t, y, mask=None, return_logits=False):
+    def denoise(self, x, t, y, mask, return_logits=False):
         """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S).
 
         return_logits: also a list of the attention logits of each joint block, (B, H, Q, K).
@@ -390,12 +376,12 @@ class UViT(nn.Module):
         patches = x.shape[1] - 1
         length = y.shape[1]
         context = y if self.cross else None
-        bias = None
-        if self.mask_text and mask is not None:
-            if self.cross:                                        # keys: [time, patches, text]
-                bias = padding_bias(mask, before=1 + patches)
-            else:                                                 # keys: [time, text, patches]
-                bias = padding_bias(mask, before=1, after=patches)
+        if not self.mask_text:
+            bias = None
+        elif self.cross:                                          # keys: [time, patches, text]
+            bias = padding_bias(mask, before=1 + patches)
+        else:                                                     # keys: [time, text, patches]
+            bias = padding_bias(mask, before=1, after=patches)
         logits = [] if return_logits else None
         skips = []
         for block in self.in_blocks[:self.image_blocks]:          # image only
@@ -406,9 +392,9 @@ class UViT(nn.Module):
         for block in self.in_blocks[self.image_blocks:]:          # joint
             x = self.run_block(block, x, None, context, bias, logits)
             skips.append(x)
-        x = self.run_block(self.mid_block, x, None, context, bias, logits)          # middle
+        x = self.run_block(self.mid_block, x, None, context, bias, logits)
         n_joint = len(self.out_blocks) - self.image_blocks
-        for block in self.out_blocks[:n_joint]:                     # joint, with long skips
+        for block in self.out_blocks[:n_joint]:                   # joint, with long skips
             x = self.run_block(block, x, skips.pop(), context, bias, logits)
         if not self.cross:                                        # drop text
             x = torch.cat([x[:, :1], x[:, 1 + length:]], dim=1)
@@ -418,7 +404,7 @@ class UViT(nn.Module):
         out = self.final_layer(unpatchify(tokens, self.patch))
         return (out, logits) if return_logits else out
 
-    def forward(self, x, t, text, mask=None):
+    def forward(self, x, t, text, mask):
         """x (B, C, S, S), t (B,), text (B, L, text_dim), mask (B, L) -> (B, C, S, S)."""
         return self.denoise(x, t, self.encode_text(text, mask), mask)
 
@@ -579,7 +565,10 @@ def cfg_denoiser(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
 
 # ---------------------------------------------------------------------------------------- pipeline
 class ImageNoise:
-    """noise() -> fresh noise (B, C, S, S); each image has its own generator, on the CPU."""
+    """noise() -> fresh noise (B, C, S, S).
+
+    Each image has its own generator, on the CPU: its noise depends on neither batch nor device.
+    """
     def __init__(self, cfg, seed, first, count, device):
         self.shape = (cfg.channels, cfg.size, cfg.size)
         self.device = device
@@ -763,7 +752,7 @@ def join_processes(cfg):
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
-        return rank, world_size
+        return 0, 1
     if cfg.batch_size % (world_size * cfg.accumulate):
         raise UserError(f"--batch-size {cfg.batch_size} cannot be shared by {world_size} "
                         f"processes x --accumulate {cfg.accumulate}")
@@ -821,7 +810,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
     held_out = common.CaptionedImages(data, "val", pipeline.image_size)
-    network = torch.compile(model) if args.compile else model    # has the weights of model
+    network = torch.compile(model) if args.compile else model    # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,

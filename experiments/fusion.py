@@ -1,16 +1,17 @@
 """Early against intermediate fusion: alignment, cost, attention to text, sampling steps.
 
-    python -m experiments.fusion compare     # four variants trained with the same steps and seeds
+    python -m experiments.fusion compare     # variants and controls, trained with the same seeds
     python -m experiments.fusion cost        # parameters, FLOPs, ms a step and an image, two sizes
     python -m experiments.fusion analyse     # the rank of text-to-image attention, block by block
     python -m experiments.fusion steps       # accuracy against sampling steps, for three samplers
 
 Each prints a table and writes its figures to a results.json: in runs/compare, in runs/cost, or in
-the folder of the run. compare takes over an hour on two cores; a variant that is finished is kept,
-so the command can be given again.
+the folder of the run. compare takes hours on two cores; a variant that is finished is kept, so the
+command can be given again, and with more --seeds or other --variants.
 """
 import argparse
 import dataclasses
+import itertools
 import math
 import time
 from pathlib import Path
@@ -31,24 +32,64 @@ from uvit_fusion import PRESETS, Config, Diffusion, UViT
 VARIANTS = {
     "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
     "intermediate": {"fusion": "concat"},
+    # controls: caption blocks alone, late joining alone, and as many parameters as intermediate
+    "v0c2": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 2},
+    "v2c0": {"fusion": "concat", "image_blocks": 2, "caption_blocks": 0},
+    "early_deeper": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0, "depth": 8},
     "early_cross": {"fusion": "cross", "image_blocks": 0, "caption_blocks": 0},
     "intermediate_cross": {"fusion": "cross"},
 }
 
 
 # ------------------------------------------------------------------------------------------ compare
-# Student's t for a mean of n values, at 95 %: for an interval, and for a one-sided bound
-T_TWO_SIDED = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
-T_ONE_SIDED = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943}
+SAMPLING = {"sampler": "dpm", "guidance_interval": (0.0, 1.0)}
+CURVE_SCENES = slice(2048, 2560)       # of the validation split; the table has the first 2048
+TARGET = 70                            # % right, for the time to equal accuracy
+# Student's t for a mean of n values, at 95 %
+STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447}
 
 
-def seed_interval(values, table=T_TWO_SIDED):
+def seed_interval(values):
     """Half-width of the 95 % interval of a mean over seeds; nan if there is only one."""
     n = len(values)
     if n < 2:
         return math.nan
-    t = table[min(n, 7)]                         # beyond 7 values a little too wide
+    t = STUDENT_T[min(n, 7)]                     # beyond 7 values a little too wide
     return float(t * np.std(values, ddof=1) / n**0.5)
+
+
+def compare(args, device, precision):
+    """The paper's experiment in small, and controls. Cross-attention has one seed, to save time."""
+    base = common.make_config(Config, PRESETS, args)
+    data = toy.prepare(base.data, base.clip, base.size)
+    folder = Path(args.out or "runs/compare")
+    # weights for the curves, from half-way on
+    eighths = tuple(base.steps * i // 8 for i in (4, 5, 6, 7, 8))
+    base = dataclasses.replace(base, snapshot_at=eighths)
+    variants = {name: dataclasses.replace(base, **VARIANTS[name]) for name in args.variants}
+    results = {name: [] for name in variants}
+    for seed in range(args.seeds):
+        for name, cfg in variants.items():
+            if seed and cfg.fusion == "cross":
+                continue
+            cfg = dataclasses.replace(cfg, seed=seed)
+            run = folder / f"{name}-{seed}"
+            results[name].append(train_variant(cfg, data, run, args, device, precision))
+    for name, runs in results.items():
+        for seed, figures in enumerate(runs):
+            run = folder / f"{name}-{seed}"
+            figures["curve"] = accuracy_curve(run, eighths, data, device, precision)
+    costs = step_costs(variants, base.batch_size, device, precision)
+    figures = accuracy_table(results, costs, base.steps)
+    figures |= time_table(results, costs)
+    figures |= paired_differences(results)
+    # without nan: one seed has no interval, and some curves never get to TARGET
+    figures = {name: value for name, value in figures.items() if not math.isnan(value)}
+    common.write_results(folder, figures)
+    curves = {name: mean_curve(runs) for name, runs in results.items()}
+    common.plot(curves, folder / "curves.png", "step", "held-out captions right, %")
+    print(f"accuracy against steps, as a picture: {folder / 'curves.png'}")
+    draw_variants(folder, results, data, device, precision)
 
 
 def train_variant(cfg, data, folder, args, device, precision):
@@ -59,43 +100,56 @@ def train_variant(cfg, data, folder, args, device, precision):
     print(f"\ninto {folder}/")
     resume = not args.overwrite and (folder / "state.pt").exists()
     run_args = argparse.Namespace(resume=resume, overwrite=True, workers=None, compile=False)
+    (folder / "curve.json").unlink(missing_ok=True)
     pipeline = uvit_fusion.train(cfg, data, folder, run_args, device, precision)
-    figures, table = judge.accuracy(pipeline, data, args.samples, sampler="dpm",
-                                    guidance_interval=(0.0, 1.0))
+    figures, table = judge.accuracy(pipeline, data, args.samples, **SAMPLING)
     judge.print_accuracy(figures, table, str(folder))
     common.write_json(finished, figures)
     return figures
 
 
-def compare(args, device, precision):
-    """The paper's experiment in small. Cross-attention has one seed, to save time."""
-    base = common.make_config(Config, PRESETS, args)
-    data = toy.prepare(base.data, base.clip, base.size)
-    folder = Path(args.out or "runs/compare")
-    results = {name: [] for name in VARIANTS}
-    for seed in range(args.seeds):
-        for name, change in VARIANTS.items():
-            if seed and change["fusion"] == "cross":
-                continue
-            cfg = dataclasses.replace(base, seed=seed, snapshot_at=(), **change)
-            run = folder / f"{name}-{seed}"
-            results[name].append(train_variant(cfg, data, run, args, device, precision))
-    figures = variants_table(results, base.steps) | paired_difference(results)
-    # one seed has no interval
-    figures = {name: value for name, value in figures.items() if not math.isnan(value)}
-    common.write_results(folder, figures)
-    draw_variants(folder, data, device, precision)
+def accuracy_curve(folder, steps, data, device, precision):
+    """[step, % right] of the weights that a training kept at `steps`; from 0 % at step 0."""
+    finished = folder / "curve.json"
+    if finished.exists():
+        return common.read_json(finished)
+    scenes, captions, unseen = (part[CURVE_SCENES] for part in judge.validation_scenes(
+        data, CURVE_SCENES.stop))
+    curve = [[0, 0.0]]
+    for step in steps:
+        weights = folder / f"step{step}.safetensors"
+        pipeline = uvit_fusion.load_pipeline(weights, device, precision)
+        images = pipeline.generate(captions, progress=True, **SAMPLING)
+        right = judge.grade_images(images, scenes, unseen)["all"]
+        curve.append([step, 100 * float(right.mean())])
+    common.write_json(finished, curve)
+    return curve
 
 
-def variants_table(results, steps):
+def mean_curve(runs):
+    """The mean of the curves of several seeds, [step, % right]."""
+    return np.mean([run["curve"] for run in runs], axis=0).tolist()
+
+
+def steps_until(curve, right=TARGET):
+    """The step at which a curve first gets to `right` %, interpolated; nan if it never does."""
+    for (step, below), (next_step, above) in itertools.pairwise(curve):
+        if below < right <= above:
+            return step + (right - below) / (above - below) * (next_step - step)
+    return math.nan
+
+
+def accuracy_table(results, costs, steps):
     """Prints and returns means over seeds, of {name: [figures of each seed]}."""
-    rows = [["", "all right, %", "+-", "unseen", "count", "relation", "seeds"]]
+    rows = [["", "M parameters", "all right, %", "+-", "unseen", "count", "relation", "seeds"]]
     figures = {}
     for name, runs in results.items():
         right = [run["all"] for run in runs]
         figures[f"{name}_all"] = float(np.mean(right))
         figures[f"{name}_all_ci"] = seed_interval(right)
-        row = [name, figures[f"{name}_all"], figures[f"{name}_all_ci"]]
+        figures[f"{name}_parameters"] = costs[name]["parameters"]
+        row = [name, f"{costs[name]['parameters'] / 1e6:.2f}", figures[f"{name}_all"],
+               figures[f"{name}_all_ci"]]
         for field in ("all_unseen", "count", "relation"):
             row.append(float(np.mean([run[field] for run in runs])))
         rows.append([*row, len(runs)])
@@ -103,29 +157,61 @@ def variants_table(results, steps):
     return figures
 
 
-def paired_difference(results):
-    """How far intermediate fusion is ahead, seed by seed; both have the same data and noise."""
-    early = [run["all"] for run in results["early"]]
-    intermediate = [run["all"] for run in results["intermediate"]]
-    difference = np.subtract(intermediate, early)
-    mean = float(difference.mean())
-    interval = seed_interval(difference)
-    bound = mean - seed_interval(difference, T_ONE_SIDED)
-    print(f"intermediate - early: {mean:+.1f} +- {interval:.1f} points over {len(early)} seeds; "
-          f"at 95 % at least {bound:+.1f}")
-    return {"difference": mean, "difference_ci": interval, "difference_bound": bound}
+def time_table(results, costs):
+    """Prints and returns how long each variant trains until TARGET % are right.
+
+    That of the mean curve over seeds; for an interval, the curve of every seed must get there.
+    """
+    rows = [["", "steps", "+-", "GFLOPs, forward", "ms a step", "seconds", "+-"]]
+    figures = {}
+    for name, runs in results.items():
+        steps = steps_until(mean_curve(runs))
+        steps_ci = seed_interval([steps_until(run["curve"]) for run in runs])
+        ms = costs[name]["ms"]
+        figures[f"{name}_steps_to_{TARGET}"] = steps
+        figures[f"{name}_steps_to_{TARGET}_ci"] = steps_ci
+        figures[f"{name}_seconds_to_{TARGET}"] = steps * ms / 1e3
+        figures[f"{name}_seconds_to_{TARGET}_ci"] = steps_ci * ms / 1e3
+        rows.append([name, f"{steps:.0f}", f"{steps_ci:.0f}", f"{costs[name]['gflops']:.3f}", ms,
+                     f"{steps * ms / 1e3:.0f}", f"{steps_ci * ms / 1e3:.0f}"])
+    common.print_table(rows, f"until {TARGET} % of {CURVE_SCENES.stop - CURVE_SCENES.start} other "
+                       "captions are right; nan: not within these steps")
+    return figures
 
 
-def draw_variants(folder, data, device, precision):
+def paired_differences(results):
+    """How far intermediate fusion is ahead of each other variant, seed by seed.
+
+    Runs of one seed have the same data and noise. "difference" alone is that to early fusion.
+    """
+    intermediate = [run["all"] for run in results.get("intermediate", [])]
+    figures = {}
+    rows = [["intermediate minus", "points", "+-", "seeds"]]
+    for name, runs in results.items():
+        other = [run["all"] for run in runs][:len(intermediate)]
+        if name == "intermediate" or not other:
+            continue
+        difference = np.subtract(intermediate[:len(other)], other)
+        label = "difference" if name == "early" else f"difference_{name}"
+        figures[label] = float(difference.mean())
+        figures[f"{label}_ci"] = seed_interval(difference)
+        rows.append([name, f"{figures[label]:+.1f}", figures[f"{label}_ci"], len(other)])
+        if name == "early":
+            figures["seeds"] = len(other)
+    common.print_table(rows, "paired by seed")
+    return figures
+
+
+def draw_variants(folder, variants, data, device, precision):
     """A grid: the same captions and noise, a row a variant."""
     _, captions, _ = judge.validation_scenes(data, 8)
     images = []
-    for name in VARIANTS:
+    for name in variants:
         pipeline = uvit_fusion.load_pipeline(folder / f"{name}-0", device, precision)
         images.extend(pipeline.generate(captions))
-    texts = [""] * 8 * (len(VARIANTS) - 1) + captions                     # below the last row
+    texts = [""] * 8 * (len(variants) - 1) + captions                     # below the last row
     path = folder / "samples" / "variants.png"
-    common.image_grid(images, texts, path, columns=8, titles=list(VARIANTS))
+    common.image_grid(images, texts, path, columns=8, titles=list(variants))
     print(f"the same captions and noise, a row a variant: {path}")
 
 
@@ -392,6 +478,8 @@ def main():
     parser.add_argument("--run", default="runs/uvit_fusion", help="analyse, steps: the run")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="compare, steps: held-out captions to grade (default %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS),
+                        metavar="NAME", help="compare: some of %(choices)s (default all)")
     parser.add_argument("--seeds", type=common.positive, default=3,
                         help="compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--out", help="compare, cost: folder (default runs/compare, runs/cost)")
