@@ -283,7 +283,7 @@ class Rewards:
         if "caption" in self.weights:
             self.captioner = Captioner(cfg.captioner, device, dtype)
         if "sam" in self.weights:
-            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part)
+            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part, dtype)
             self.label_scorer = LabelScorer(cfg.llm, cfg.instruction, device, dtype)
         if "aesthetic" in self.weights:
             self.aesthetic = common.AestheticScorer(cfg.scorer, self.clip)
