@@ -57,7 +57,7 @@ VARIANTS = {
     "caption_sam": {"weights": (1.0, 1.0, 0.0, 0.0)},                 # the paper's own pair
     "sum": {},                                       # of standardised rewards, not of ranks
     "rank_sum_real": {"real": 1.0},                  # by rank, and as many real images
-    "dpo": {"learn": "dpo", "lr": 5e-4},             # the best against the worst, by rank
+    "dpo": {"learn": "dpo", "lr": 5e-4, "batch_size": 32},  # the best against the worst, by rank
     "rank_sum": {},                                  # as fine_rewards.py does
 }
 
