@@ -98,7 +98,8 @@ class Config:
     keep: float = 0.8  # share of the prompts to learn from, those with the best images
     # tune
     learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
-    beta: float = 2000.0  # of dpo: beta T, how far the model may go from the start of the round
+    beta: float = 500.0  # of dpo: beta T, how far the model may go from the start of the round
+    real: float = 0.0  # of sft: real images a chosen one, learned from beside them to keep variety
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
     batch_size: int = 64  # images a step
@@ -282,7 +283,7 @@ class Rewards:
         if "caption" in self.weights:
             self.captioner = Captioner(cfg.captioner, device, dtype)
         if "sam" in self.weights:
-            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part)
+            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part, dtype)
             self.label_scorer = LabelScorer(cfg.llm, cfg.instruction, device, dtype)
         if "aesthetic" in self.weights:
             self.aesthetic = common.AestheticScorer(cfg.scorer, self.clip)
@@ -497,6 +498,12 @@ def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
         images.append(chosen["images"])
         rejected.append(chosen["rejected"])
         prompts += chosen["prompts"]
+        if cfg.learn == "sft":
+            n_real = round(cfg.real * len(chosen["prompts"]))
+            for i in round_prompts(cfg, dataset, n)[1][:n_real]:
+                image, caption, _ = dataset[i, cfg.seed]
+                images.append(image[None])
+                prompts.append(caption)
         finetune_lora(cfg, pipeline, torch.cat(images), prompts, n, round_folder, args,
                       torch.cat(rejected))
         if grading:

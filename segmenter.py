@@ -120,10 +120,10 @@ def name_masks(masks, areas):
 class Segmenter:
     """Images uint8 (N, H, W, 3) -> N lists of parts (label, mask (H, W) bool).
 
-    sam: a Segment Anything model, whose masks are then named by the segmenter; min_part: parts
-    below this share of an image are left out. `labels` is all that a part can be called.
+    sam: a Segment Anything model, whose masks are then named by the segmenter, in `dtype`;
+    min_part: parts below this share of an image are left out. `labels`: all names of parts.
     """
-    def __init__(self, path, device, sam="", min_part=0.0):
+    def __init__(self, path, device, sam="", min_part=0.0, dtype=torch.float32):
         kind = "AutoModelForSemanticSegmentation"
         processor = "AutoImageProcessor"
         self.universal = is_universal(path)
@@ -136,7 +136,7 @@ class Segmenter:
         self.names = {i: readable(name) for i, name in names.items() if name != "background"}
         self.labels = list(self.names.values())
         self.sure = 0.8                              # of the class of a segment, as published
-        self.sam = SamMasks(sam, device) if sam else None
+        self.sam = SamMasks(sam, device, dtype) if sam else None
         self.min_part = min_part
 
     @torch.no_grad()

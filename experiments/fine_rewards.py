@@ -56,7 +56,8 @@ VARIANTS = {
     "sam_only": {"weights": (0.0, 1.0, 0.0, 0.0)},
     "caption_sam": {"weights": (1.0, 1.0, 0.0, 0.0)},                 # the paper's own pair
     "sum": {},                                       # of standardised rewards, not of ranks
-    "dpo": {"learn": "dpo", "lr": 2e-4},             # the best against the worst, by rank
+    "rank_sum_real": {"real": 1.0},                  # by rank, and as many real images
+    "dpo": {"learn": "dpo", "lr": 5e-4, "batch_size": 32},  # the best against the worst, by rank
     "rank_sum": {},                                  # as fine_rewards.py does
 }
 
@@ -83,24 +84,27 @@ def choose(cfg, args, folder):
     right = np.array([[judge.judge(found, scenes[i])["all"] for found in row]
                       for i, row in zip(chosen, things)])                       # (P, K) bool
     counts = np.array([[len(found) for found in row] for row in things])        # (P, K)
+    kinds = np.array([[len({(thing.colour, thing.shape) for thing in found}) for found in row]
+                      for row in things])                                       # (P, K)
 
     verdicts = {"random": right.mean(1), "oracle": right.max(1)}
-    shown = {"random": counts.mean(), "oracle": math.nan}
+    shown = {"random": (counts.mean(), kinds.mean()), "oracle": (math.nan, math.nan)}
     rows = np.arange(len(prompts))
     for name, weights in CHOICES.items():
         used = {reward: scores[reward] for reward in weights}
         best = aggregate_ranks(used, weights).argmin(1)
         verdicts[name] = right[rows, best]
-        shown[name] = counts[rows, best].mean()
+        shown[name] = counts[rows, best].mean(), kinds[rows, best].mean()
     named = np.mean([sum(group.count for group in scenes[i].groups) for i in chosen])
-    table = [["chosen by", "right, %", "+-", "things"]]
+    table = [["chosen by", "right, %", "+-", "things", "kinds"]]
     figures = gain.diversity(candidates.reshape(-1, *candidates.shape[2:]), rewards.clip,
                              each=cfg.candidates)
     figures = {name: float(values.mean()) for name, values in figures.items()}
     for name, values in verdicts.items():
         share = common.percent(name, values)
-        table.append([name, *share.values(), f"{shown[name]:.2f}"])
-        figures |= share | {f"{name}_things": float(shown[name])}
+        table.append([name, *share.values(), *(f"{mean:.2f}" for mean in shown[name])])
+        figures |= share
+        figures |= {f"{name}_things": float(shown[name][0]), f"{name}_kinds": float(shown[name][1])}
     common.print_table(table, f"{len(prompts)} prompts, {cfg.candidates} candidates of each; the "
                        f"prompts name {named:.2f} things; diversity {figures['diversity']:.3f}")
     common.write_results(folder, figures | {"named_things": float(named)})

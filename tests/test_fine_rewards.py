@@ -594,6 +594,23 @@ def test_a_round_learns_the_best_of_each_prompt_and_from_all_rounds_so_far(
             assert torch.allclose(tensor, tuned[name], atol=5e-4), name
 
 
+def test_real_images_are_learned_from_beside_those_chosen(
+        world, whole, dataset, monkeypatch, tmp_path):
+    tuned_on = []
+    monkeypatch.setattr(fine_rewards, "finetune_lora", lambda *given: tuned_on.append(given[2:4]))
+    cfg = small(world, real=0.7, rounds=1)
+    for learn, count in (("sft", 5), ("dpo", 3)):     # 0.7 x 3 beside 3
+        shutil.copytree(whole.folder / "round1", tmp_path / learn / "round1")
+        cfg = dataclasses.replace(cfg, learn=learn)
+        raft(cfg, load_base(world), None, dataset, tmp_path / learn, RESUME)
+        images, prompts = tuned_on[-1]
+        assert len(images) == len(prompts) == count
+    images, prompts = tuned_on[0]
+    for i, image, prompt in zip(fine_rewards.round_prompts(cfg, dataset, 0)[1], images[3:],
+                                prompts[3:]):
+        assert torch.equal(image, dataset.image(i)) and prompt in dataset.items[i][1]
+
+
 def test_a_run_and_each_of_its_rounds_generate_as_what_was_tuned(whole):
     for folder, same in ((whole.folder, True), (whole.folder / "round2", True),
                          (whole.folder / "round1", False)):
@@ -733,11 +750,12 @@ def test_each_reward_chooses_and_the_judge_says_whether_it_is_right(world, monke
         red = images[..., 0].mean((1, 2)).astype(float)
         return {name: -red if name == "clip" else red for name in self.weights}
     monkeypatch.setattr(Rewards, "__call__", read)
-    monkeypatch.setattr(judge, "judge", lambda things, scene: {"all": things == "most"})
+    thing = shapes.Thing("red", "circle", 0.5, 0.5, 0.1)
+    monkeypatch.setattr(judge, "judge", lambda things, scene: {"all": len(things) == 2})
 
     def parse(images):
-        return ["most" if i == images[..., 0].mean((1, 2)).argmax() else "none"
-                for i in range(len(images))]
+        most = images[..., 0].mean((1, 2)).argmax()
+        return [[thing, thing] if i == most else [] for i in range(len(images))]
     monkeypatch.setattr(judge, "parse", parse)
     flags = ["choose", "--samples", 3, "--candidates", 4]
     status, out, errors = command(world, *flags, script="experiments.fine_rewards", out="chosen")
@@ -747,6 +765,7 @@ def test_each_reward_chooses_and_the_judge_says_whether_it_is_right(world, monke
         assert {f"{name}_ci", f"{name}_things"} <= set(figures)
     found = [figures[name] for name in ("random", "oracle", "caption", "caption_sam", "clip")]
     assert found == [25, 100, 100, 100, 0]
+    assert [figures["sam_things"], figures["sam_kinds"], figures["clip_kinds"]] == [2, 1, 0]
 
 
 def test_all_ways_to_learn_are_compared_and_what_is_finished_is_kept(world, monkeypatch):
