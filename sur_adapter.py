@@ -24,7 +24,8 @@ not needed to generate images.
 
 fc starts at zero, so that y = x. The empty prompt, used for guidance, goes through the adapter too.
 
-    python sur_adapter.py --train           # on runs/uvit_fusion: NARRATIVE
+    python sur_adapter.py --train           # on runs/uvit_fusion; ends with a table: base, adapter,
+                                            # and the rival, whose LLM rewrites the prompts
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
 
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md has them all):
