@@ -1159,9 +1159,10 @@ def read_metrics(path):
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            cells = [cell or "nan" for cell in line.split(",")]      # blank: not known
-            if len(list(map(float, cells))) == len(names):
-                rows.append(cells)
+            step, *cells = line.split(",")
+            numbers = [float(step)] + [float(cell) for cell in cells if cell]    # blank: not known
+            if len(numbers) and 1 + len(cells) == len(names):
+                rows.append([step, *cells])
     return names, rows
 
 
@@ -1310,7 +1311,8 @@ class Run:
         path = self.folder / "metrics.csv"
         if path.exists():                               # not there before the first 20 steps
             names, rows = read_metrics(path)
-            steps, *columns = np.array(rows, float).reshape(-1, len(names)).T
+            numbers = [[cell or "nan" for cell in row] for row in rows]
+            steps, *columns = np.array(numbers, float).reshape(-1, len(names)).T
             curves = {name: list(zip(steps, column)) for name, column in zip(names[1:], columns)}
             plot(curves, self.folder / "loss.png", "step", "loss", log=True)
 

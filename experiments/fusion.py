@@ -112,7 +112,7 @@ def accuracy_curve(folder, steps, data, device, precision):
     """[step, % right] of the weights that a training kept at `steps`; from 0 % at step 0."""
     finished = folder / "curve.json"
     if finished.exists():
-        return common.read_json(finished)
+        return common.read_json(finished)["curve"]
     scenes, captions, unseen = (part[CURVE_SCENES] for part in judge.validation_scenes(
         data, CURVE_SCENES.stop))
     curve = [[0, 0.0]]
@@ -122,7 +122,7 @@ def accuracy_curve(folder, steps, data, device, precision):
         images = pipeline.generate(captions, progress=True, **SAMPLING)
         right = judge.grade_images(images, scenes, unseen)["all"]
         curve.append([step, 100 * float(right.mean())])
-    common.write_json(finished, curve)
+    common.write_json(finished, {"curve": curve})
     return curve
 
 

@@ -897,7 +897,7 @@ def test_rows_of_metrics_that_were_cut_off_are_left_out(tmp_path):
     path.write_text(path.read_text() + "20,1\n,,\n2\n\udcff\n", errors="surrogateescape")
     assert train(tmp_path / "run", resume=True) == 1275
     rows = path.read_text().split()
-    assert rows == ["step,loss,share", "20,77,0.5", "40,652,0.5", "50,1062,0.5"]
+    assert rows == ["step,loss,rare", "20,77,", "40,652,", "50,1062,50"]
 
 
 def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def test_a_finished_variant_is_kept_with_its_curve(tmp_path, toy_data, clip_fold
     status, _, errors = run(*command, "early", cwd=tmp_path)
     assert status == 0, errors
     folder = tmp_path / "runs" / "compare"
-    curve = common.read_json(folder / "early-0" / "curve.json")
+    curve = common.read_json(folder / "early-0" / "curve.json")["curve"]
     assert [step for step, _ in curve] == [0, 4, 5, 6, 7, 8]
     assert loaded[:5] == [f"step{step}.safetensors" for step in (4, 5, 6, 7, 8)]
     scenes, _, _ = fusion.judge.validation_scenes(toy_data, 64)
