@@ -863,6 +863,9 @@ def add_lora(model, rank, names=("qkv", "proj")):
     model.requires_grad_(False)
     layers = [module for path, module in model.named_modules()
               if isinstance(module, nn.Linear) and path.split(".")[-1] in names]
+    largest = min((side for layer in layers for side in layer.weight.shape), default=rank)
+    if rank > largest:
+        raise UserError(f"LoRA of rank {rank} is more than its matrices have: {largest} at most")
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
     return model

@@ -141,6 +141,8 @@ class Config:
             raise UserError(f"--depth {self.depth} must be even, and --image-blocks "
                             f"{self.image_blocks} at most half of it")
         check_interval(self.guidance_interval)
+        if max(self.depth, self.caption_blocks) > 1000 or self.batch_size > 2**20:
+            raise UserError("--depth and --caption-blocks end at 1000, --batch-size at 2^20")
         if min(self.steps, self.batch_size, self.accumulate) < 1:
             raise UserError("--steps, --batch-size and --accumulate must be at least 1")
         if self.batch_size % self.accumulate:
@@ -797,13 +799,13 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     """
     text_encoder = common.TextEncoder(cfg.clip, device)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
+    vae = autoencoder.load_for(cfg, device)
     torch.manual_seed(cfg.seed)
     model = UViT(cfg).to(device)
     if cfg.init not in ("fan_in", "published"):
         init_from_file(model, cfg.init)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
-    vae = autoencoder.load_for(cfg, device)
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents

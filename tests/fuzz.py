@@ -285,7 +285,8 @@ TEXTS = ["", "x", "nowhere", "/dev/null", ".", "data", "a.png", "\udcff", "\u00e
          "groups.jsonl", "meta"]
 
 
-MANY = ["steps", "samples", "per_prompt", "rounds"]      # whoever asks for many of them shall wait
+# whoever asks for many of them shall wait
+MANY = ["steps", "samples", "per_prompt", "prompts", "rounds", "candidates"]
 
 
 def base_commands(folder, clip):

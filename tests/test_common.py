@@ -628,6 +628,8 @@ def test_lora_begins_as_nothing_and_merges_into_the_weights():
         expected = before["qkv.weight"] + trained["B"] @ trained["A"]
     assert torch.linalg.matrix_rank(trained["B"] @ trained["A"]) == 3
     assert torch.allclose(model["qkv"].weight, expected)
+    with pytest.raises(UserError, match="rank 13 is more .* 12 at most"):
+        common.add_lora(torch.nn.ModuleDict({"qkv": torch.nn.Linear(12, 20)}), rank=13)
     merged = common.merge_lora(model).state_dict()
     torch.testing.assert_close(merged, before | {"qkv.weight": expected})
 
