@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import encoders
 import sample
 import toy
 from common import UserError
@@ -220,7 +221,7 @@ def measure_quality(args, pipeline, data, how):
     """eval.py --quality; how: the sampling in words, for the table's title."""
     dataset = common.CaptionedImages(data, "val", pipeline.image_size)
     samples = args.samples or min(30_000, len(dataset))
-    clip = common.ClipScorer(args.clip_model or pipeline.cfg.clip, pipeline.device)
+    clip = encoders.ClipScorer(args.clip_model or pipeline.cfg.clip, pipeline.device)
     inception = Inception(args.inception, pipeline.device) if args.inception else None
     folder = Path(args.out or output_folder(args))
     folder.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+import encoders
 import toy
 import uvit_fusion
 from common import UserError
@@ -144,7 +145,7 @@ PRESETS = {
 class Captioner:
     """Images uint8 (N, H, W, 3) -> N captions, by any image-to-text model of transformers."""
     def __init__(self, path, device, dtype):
-        self.model, self.processor = common.load_pretrained(
+        self.model, self.processor = encoders.load_pretrained(
             "AutoModelForImageTextToText", path, "--captioner", "captioner", device,
             "AutoProcessor", dtype=dtype)
 
@@ -164,7 +165,7 @@ class LabelScorer:
     sum_v v P(v) under the probabilities of "1", "2" and "3" as the next token.
     """
     def __init__(self, path, instruction, device, dtype):
-        self.model, self.tokenizer = common.load_pretrained(
+        self.model, self.tokenizer = encoders.load_pretrained(
             "AutoModelForCausalLM", path, "--llm", "language model", device, dtype=dtype)
         self.instruction = INSTRUCTIONS.get(instruction, instruction)
 
@@ -279,14 +280,14 @@ class Rewards:
         self.weights = {name: weight for name, weight in zip(REWARDS, cfg.weights) if weight}
         self.sam_score = cfg.sam_score
         self.batch_size = cfg.score_batch
-        self.clip = common.ClipScorer(cfg.clip_model or clip_path, device)
+        self.clip = encoders.ClipScorer(cfg.clip_model or clip_path, device)
         if "caption" in self.weights:
             self.captioner = Captioner(cfg.captioner, device, dtype)
         if "sam" in self.weights:
             self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part, dtype)
             self.label_scorer = LabelScorer(cfg.llm, cfg.instruction, device, dtype)
         if "aesthetic" in self.weights:
-            self.aesthetic = common.AestheticScorer(cfg.scorer, self.clip)
+            self.aesthetic = encoders.AestheticScorer(cfg.scorer, self.clip)
 
     def score_batch(self, images, prompts):
         scores = {}

@@ -57,6 +57,7 @@ import torch.nn.functional as F
 
 import autoencoder
 import common
+import encoders
 import toy.multilingual
 import uvit_fusion
 from common import UserError
@@ -402,7 +403,7 @@ def load_pipeline(path, device, precision, **changes):
     cfg = common.read_config(Config, folder)
     uvit_cfg = common.read_config(uvit_fusion.Config, folder, "uvit.json")
     uvit_cfg = dataclasses.replace(uvit_cfg, **changes)
-    llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
+    llm = encoders.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
     if llm.identity != cfg.llm_identity:
         raise UserError(f"{folder}/ was trained with another language model than {cfg.llm} is now: "
                         "put back its own")
@@ -420,7 +421,7 @@ def prepare(cfg, args):
     precision = common.pick_precision(args.precision, device)
     base = uvit_fusion.load_pipeline(cfg.base, device, precision)
     data = toy.prepare(cfg.data, base.cfg.clip, base.image_size, cfg.llm)
-    llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
+    llm = encoders.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
     cfg = dataclasses.replace(cfg, base_identity=base.identity(), llm_identity=llm.identity)
     if cfg.data == "shapes" and not cfg.parallel:
         cfg.parallel = f"{data}/annotations/parallel_train2017.jsonl"

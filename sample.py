@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 import common
+import encoders
 import uvit_fusion
 from common import UserError
 
@@ -59,7 +60,7 @@ def load_published(args):
     })
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
-    text_encoder = common.TextEncoder(cfg.clip, device)
+    text_encoder = encoders.TextEncoder(cfg.clip, device)
     return uvit_fusion.make_pipeline(cfg, text_encoder, tensors, args.weights, precision)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import common
+import encoders
 from toy import judge
 
 
@@ -58,7 +58,7 @@ class SamMasks:
     STABILITY = 0.95                                 # must both be exceeded
 
     def __init__(self, path, device, dtype=torch.float32):
-        self.model, self.processor = common.load_pretrained(
+        self.model, self.processor = encoders.load_pretrained(
             "SamModel", path, "--sam", "Segment Anything model", device, "AutoImageProcessor",
             dtype=dtype)
 
@@ -130,7 +130,7 @@ class Segmenter:
         if self.universal:
             kind = "AutoModelForUniversalSegmentation"
             processor = "AutoProcessor"              # OneFormer's reads the name of the task, too
-        self.model, self.processor = common.load_pretrained(
+        self.model, self.processor = encoders.load_pretrained(
             kind, path, "--segmenter", "segmenter", device, processor)
         names = self.model.config.id2label
         self.names = {i: readable(name) for i, name in names.items() if name != "background"}

@@ -51,6 +51,7 @@ import torch.nn as nn
 from tqdm import trange
 
 import common
+import encoders
 import toy.narratives
 import uvit_fusion
 from common import UserError
@@ -278,7 +279,7 @@ def encode_once(pipeline, llm, instruction, texts):
 def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapter):
     """Trains an adapter for the frozen base `pipeline`; returns a pipeline with its EMA weights.
 
-    llm: `common.LLMEncoder`; dataset, texts: from `load_triples`; args: has .resume and .overwrite.
+    llm: `encoders.LLMEncoder`; dataset, texts: from `load_triples`; args: .resume, .overwrite.
     """
     device = pipeline.device
     torch.manual_seed(cfg.seed)
@@ -361,7 +362,7 @@ def attach(pipeline, path):
     """
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
-    adapted = not isinstance(pipeline.text_encoder, common.TextEncoder)      # by some method
+    adapted = not isinstance(pipeline.text_encoder, encoders.TextEncoder)      # by some method
     if adapted or pipeline.identity() != cfg.base_identity:
         raise UserError(f"the adapter in {folder}/ was trained for {cfg.base} as it was then, not "
                         "for this network and text encoder: name its base with --run")
@@ -383,7 +384,7 @@ def prepare(cfg, args):
     precision = common.pick_precision(args.precision, device)
     base = uvit_fusion.load_pipeline(cfg.base, device, precision)
     data = toy.prepare(cfg.data, base.cfg.clip, base.image_size, cfg.llm)
-    llm = common.LLMEncoder(cfg.llm, cfg.llm_layer, device=device, dtype=precision)
+    llm = encoders.LLMEncoder(cfg.llm, cfg.llm_layer, device=device, dtype=precision)
     cfg = dataclasses.replace(cfg, base_identity=base.identity(), llm_identity=llm.identity)
     return base, data, llm, cfg
 

@@ -65,6 +65,7 @@ from tqdm import tqdm
 
 import autoencoder
 import common
+import encoders
 import toy
 from common import UserError
 from toy import judge
@@ -690,7 +691,7 @@ def load_pipeline(path, device, precision, **changes):
     name = "uvit.json" if (folder / "uvit.json").exists() else "config.json"
     cfg = dataclasses.replace(common.read_config(Config, folder, name), **changes)
     tensors = common.read_weights(weights, f"checkpoint {weights}")
-    return make_pipeline(cfg, common.TextEncoder(cfg.clip, device), tensors, weights, precision)
+    return make_pipeline(cfg, encoders.TextEncoder(cfg.clip, device), tensors, weights, precision)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -778,7 +779,7 @@ def rank_0_first(rank, world_size):
 
 
 def train_words(data, size, folder, keep):
-    """Writes <folder>/words, a tokenizer of the captions, for `common.TextEncoder`; its path.
+    """Writes <folder>/words, a tokenizer of the captions, for `encoders.TextEncoder`; its path.
 
     keep: leave the one that is there.
     """
@@ -797,7 +798,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
 
     args: of `main`, for its resume, overwrite, workers and compile.
     """
-    text_encoder = common.TextEncoder(cfg.clip, device)
+    text_encoder = encoders.TextEncoder(cfg.clip, device)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
     vae = autoencoder.load_for(cfg, device)
     torch.manual_seed(cfg.seed)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import common
 import dsd
+import encoders
 from common import UserError
 from toy import matching
 from toy.matching import rank
@@ -420,7 +421,7 @@ def compare(args):
     annotations = dsd.toy_groups(pipeline)
     groups = dsd.labelled_groups(annotations / "match_tune.jsonl", cfg.shots)
     candidates = dsd.Candidates(groups, pipeline)
-    clip = common.ClipScorer(pipeline.cfg.clip, pipeline.device)
+    clip = encoders.ClipScorer(pipeline.cfg.clip, pipeline.device)
     hybrid = dataclasses.replace(cfg, score="hybrid")
     matchers = {
         "tuned": tuned,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import encoders
 import llm_adapter
 from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
@@ -72,7 +73,7 @@ class LayersSideBySide:
 
 
 def embeddings_and_last(cfg, llm):
-    last = common.LLMEncoder(cfg.llm, -1, cfg.instruction, llm.device, llm.model.dtype)
+    last = encoders.LLMEncoder(cfg.llm, -1, cfg.instruction, llm.device, llm.model.dtype)
     return LayersSideBySide([llm, last])
 
 

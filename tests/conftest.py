@@ -97,7 +97,7 @@ def tiny_pipeline(clip_folder, seed=0, **changes):
     """A pipeline with a tiny random U-ViT; no weight is zero, so every block does something."""
     import torch
 
-    import common
+    import encoders
     import uvit_fusion
     cfg = tiny_cfg(clip_folder, **changes)
     device = torch.device("cpu")
@@ -105,7 +105,7 @@ def tiny_pipeline(clip_folder, seed=0, **changes):
     model = uvit_fusion.UViT(cfg).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.1 * torch.randn_like(parameter)
-    text_encoder = common.TextEncoder(clip_folder, device)
+    text_encoder = encoders.TextEncoder(clip_folder, device)
     return uvit_fusion.Pipeline(model, text_encoder, cfg, device, torch.float32)
 
 

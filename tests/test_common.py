@@ -23,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
+import encoders
 import uvit_fusion
-from common import CaptionedImages, LLMEncoder, UserError
+from common import CaptionedImages, UserError
+from encoders import LLMEncoder
 from toy.models import train_tokenizer
 
 
@@ -387,7 +389,7 @@ def test_a_folder_that_is_not_as_described_is_refused(coco, damage, words):
 # ---------------------------------------------------------------------------------- text encoders
 def test_a_text_encoder_gives_features_and_a_mask_that_no_other_caption_changes(
         clip_folder, capsys):
-    encoder = common.TextEncoder(clip_folder)
+    encoder = encoders.TextEncoder(clip_folder)
     features, mask = encoder(["two red circles", "word " * 100, ""])
     assert features.shape == (3, 16, 32) == (3, encoder.length, encoder.dim)
     assert mask[1].all() and mask[2].tolist() == [True] * 2 + [False] * 14
@@ -471,7 +473,7 @@ def test_layers_count_from_the_embeddings_to_the_last(llms):
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration"])
 def test_any_encoder_of_text_gives_the_features_of_a_caption_without_its_padding(llms, kind):
-    encoder = common.TextEncoder(llms[kind])
+    encoder = encoders.TextEncoder(llms[kind])
     features, mask = encoder(TEXTS)
     assert features.shape == (4, 64, 32) == (4, encoder.length, encoder.dim)
     alone, _ = LLMEncoder(llms[kind])(TEXTS[:1])             # as long as the text itself
@@ -482,7 +484,7 @@ def test_any_encoder_of_text_gives_the_features_of_a_caption_without_its_padding
 def test_an_encoder_reads_77_tokens_at_the_most(llms, tmp_path):
     shutil.copytree(llms["T5ForConditionalGeneration"], tmp_path / "t5")
     change_json(tmp_path / "t5" / "tokenizer_config.json", model_max_length=512)
-    assert common.TextEncoder(tmp_path / "t5")(["a man"])[0].shape == (1, 77, 32)
+    assert encoders.TextEncoder(tmp_path / "t5")(["a man"])[0].shape == (1, 77, 32)
 
 
 def test_word_embeddings_are_learned_with_the_network(tmp_path):
@@ -498,7 +500,7 @@ def test_word_embeddings_are_learned_with_the_network(tmp_path):
     status, _, errors = run(*flags, cwd=tmp_path)
     assert status == 0, errors
 
-    encoder = common.TextEncoder(tmp_path / "run" / "words")
+    encoder = encoders.TextEncoder(tmp_path / "run" / "words")
     features, mask = encoder([*colours, ""])
     ids = encoder.tokenizer("sapphire stone").input_ids
     assert features.shape == (3, len(ids), encoder.dim) and mask[1].all() and not mask[2].all()
@@ -518,8 +520,8 @@ def change_json(path, **changes):
 
 
 def test_a_tokenizer_that_is_made_up_or_of_another_model_is_refused(llms, clip_folder, tmp_path):
-    sources = [(common.TextEncoder, clip_folder), (common.ClipScorer, clip_folder),
-               (common.TextEncoder, llms["BertForMaskedLM"]),
+    sources = [(encoders.TextEncoder, clip_folder), (encoders.ClipScorer, clip_folder),
+               (encoders.TextEncoder, llms["BertForMaskedLM"]),
                (LLMEncoder, llms["Qwen2ForCausalLM"])]
     for i, (loader, source) in enumerate(sources):
         folder = tmp_path / str(i)
@@ -593,7 +595,7 @@ def test_what_is_no_model_in_the_hugging_face_format_is_refused(
     Path("gguf").mkdir()
     Path("gguf/llama-Q4.gguf").touch()
     with pytest.raises(UserError, match=f"--clip {path} cannot be loaded.*: {words}"):
-        common.TextEncoder(path)
+        encoders.TextEncoder(path)
 
 
 class Refusal(http.server.BaseHTTPRequestHandler):
@@ -605,14 +607,14 @@ def test_without_a_network_the_hub_is_asked_once_and_the_cache_is_read(monkeypat
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as silent:       # takes calls, answers none
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        assert not common.hub_answers(seconds=0.2)
+        assert not encoders.hub_answers(seconds=0.2)
     with pytest.raises(UserError, match="--llm some/model .*connect"):    # closed now
         LLMEncoder("some/model")
     assert hub.HF_HUB_OFFLINE
     with http.server.HTTPServer(("127.0.0.1", 0), Refusal) as server:
         threading.Thread(target=server.handle_request).start()
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        assert common.hub_answers(seconds=60)
+        assert encoders.hub_answers(seconds=60)
 
 
 # ------------------------------------------------------------------------------------------- LoRA

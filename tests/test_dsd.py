@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import common
 import dsd
+import encoders
 import uvit_fusion
 from dsd import Candidates, Config, Matcher, match, noise_bank
 from experiments import dsd as rivals
@@ -469,7 +470,7 @@ def test_pruning_drops_what_is_surely_behind_and_spends_less(candidates, monkeyp
 
 
 def test_clip_is_tuned_by_its_own_loss_and_the_first_one_stays(clip_folder, candidates):
-    clip = common.ClipScorer(clip_folder)
+    clip = encoders.ClipScorer(clip_folder)
     scores, evaluations = rivals.clip_scores(clip, candidates)
     images = candidates.images[candidates.pairs[:, 0]].permute(0, 2, 3, 1)
     texts = [candidates.texts[i] for i in candidates.pairs[:, 1].tolist()]

@@ -11,6 +11,7 @@ from conftest import refused, run, save_run, tiny_pipeline
 from PIL import Image
 
 import common
+import encoders
 import eval as grading
 from toy import judge
 
@@ -162,19 +163,19 @@ def test_clip_score_is_that_of_transformers(rng, large_clip, width, height):
     with torch.no_grad():
         output = model(**tokens, **pixels)
     cosines = torch.cosine_similarity(output.image_embeds, output.text_embeds)
-    clip = common.ClipScorer(large_clip)
+    clip = encoders.ClipScorer(large_clip)
     scores = grading.clip_score(clip, clip.images(images), captions, batch_size=2)
     assert scores == pytest.approx(2.5 * cosines.clamp(min=0).numpy(), abs=0.02)
     assert np.abs(scores).max() > 0.2
 
 
 def test_clip_score_is_between_0_and_2_point_5_and_reads_the_papers_prefix(large_clip, clip_folder):
-    clip = common.ClipScorer(large_clip)
+    clip = encoders.ClipScorer(large_clip)
     text = clip.texts(["A photo depicts two squares"])
     image = torch.cat([text, -text])
     scores = grading.clip_score(clip, image, ["two squares"] * 2)
     assert scores == pytest.approx([2.5, 0], abs=1e-5)
-    tiny = common.ClipScorer(clip_folder)                        # has never read that prefix
+    tiny = encoders.ClipScorer(clip_folder)                        # has never read that prefix
     scores = grading.clip_score(tiny, tiny.texts(["two squares"]), ["two squares"])
     assert scores == pytest.approx([2.5], abs=1e-5)
 
@@ -212,7 +213,7 @@ class StandInPipeline:
 
 def measure(pipeline, data, clip, folder, samples=150, inception=None, reference=None):
     dataset = common.CaptionedImages(data, "val", 32)
-    return grading.quality(pipeline, dataset, samples, common.ClipScorer(clip),
+    return grading.quality(pipeline, dataset, samples, encoders.ClipScorer(clip),
                            inception, reference, {"steps": 7}, folder)
 
 
@@ -226,7 +227,7 @@ def test_generated_images_are_measured_against_their_captions_and_the_real_image
     assert pipeline.prompts == captions                          # four images: they come again
     generated = pipeline.generate(captions, batch_size=150, steps=7)
     real = np.stack([common.load_image(path, 32) for path, _, _ in items])
-    clip = common.ClipScorer(large_clip)
+    clip = encoders.ClipScorer(large_clip)
     x = clip.images(generated)
     scores = clip.score(x, captions).numpy()
     assert set(figures) == {"clip_score", "clip_score_ci", "clip_score_real", "cmmd", "fid",

@@ -14,6 +14,7 @@ from conftest import make_coco, refused, run, save_run, tiny_pipeline
 from safetensors.torch import load_file
 
 import common
+import encoders
 import llm_adapter
 import toy
 import uvit_fusion
@@ -254,7 +255,7 @@ def test_each_stage_changes_what_it_trains_and_is_a_run_that_draws(world):
 def parts(world):
     """cfg, model, base and LLM as the stages take them; the adapter has no zeros."""
     base = uvit_fusion.load_pipeline(world / "base", torch.device("cpu"), torch.float32)
-    llm = common.LLMEncoder(world / "llm", 0)
+    llm = encoders.LLMEncoder(world / "llm", 0)
     cfg = Config(**SMALL | dict(grad_clip=0.0, caption_dropout=0.5))
     model = llm_adapter.new_model(cfg, base, llm, CAPTIONS, Adapter)
     for parameter in model["adapter"].parameters():
@@ -441,7 +442,7 @@ def test_the_adapters_of_the_comparison():
 
 
 def test_random_embeddings_are_the_llms_own_in_another_order(world):
-    llm = common.LLMEncoder(world / "llm", 0)
+    llm = encoders.LLMEncoder(world / "llm", 0)
     table = llm.model.get_input_embeddings().weight
     before = table.clone()
     h, mask = experiment.shuffle_embeddings(Config(), llm)(["a man"])
@@ -454,11 +455,11 @@ def test_random_embeddings_are_the_llms_own_in_another_order(world):
 
 def test_layers_side_by_side_are_each_normalised(world):
     both = experiment.embeddings_and_last(Config(llm=str(world / "llm")),
-                                          common.LLMEncoder(world / "llm", 0))
+                                          encoders.LLMEncoder(world / "llm", 0))
     texts = ["a man", "a man on a horse"]
     h, mask = both(texts)
     for i, layer in enumerate((0, -1)):
-        expected, expected_mask = common.LLMEncoder(world / "llm", layer)(texts)
+        expected, expected_mask = encoders.LLMEncoder(world / "llm", layer)(texts)
         part = h[..., 16 * i:16 * (i + 1)]
         assert torch.allclose(part, F.layer_norm(expected, (16,)), atol=1e-5)
         assert torch.equal(mask, expected_mask) and both.dim == h.shape[2] == 32

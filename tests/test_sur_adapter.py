@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+import encoders
 import sur_adapter
 import toy.narratives
 import uvit_fusion
@@ -250,7 +251,7 @@ def test_a_training_leaves_the_adapter_alone_and_what_names_its_base_and_llm(wor
 def test_a_step_learns_from_the_weighted_terms_of_its_triples(
         world, llm_folder, tmp_path, monkeypatch):
     base = uvit_fusion.load_pipeline(world / "base", torch.device("cpu"), torch.float32)
-    llm = common.LLMEncoder(llm_folder, -2)
+    llm = encoders.LLMEncoder(llm_folder, -2)
     batches, gradients = [], []
 
     def three_numbers(cfg, adapter, pipeline, *batch):

@@ -1,7 +1,7 @@
 """What a model gains and loses by being tuned, on the toy world: the share of held-out captions
 that it gets right, the distance from real images, and how varied the images of one caption are.
 
-`pipeline` is a `uvit_fusion.Pipeline`, `clip` a `common.ClipScorer`.
+`pipeline` is a `uvit_fusion.Pipeline`, `clip` a `encoders.ClipScorer`.
 """
 import random
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import common
+import encoders
 from toy import judge, shapes
 
 CAPTIONS = 64                    # held-out captions that diversity is measured on
@@ -40,7 +41,7 @@ def rendered_diversity(pipeline, data):
     for scene in judge.validation_scenes(data, CAPTIONS)[0]:
         for _ in range(EACH):
             images.append(shapes.render(shapes.layout(scene, rng), pipeline.image_size, rng))
-    clip = common.ClipScorer(pipeline.cfg.clip, pipeline.device)
+    clip = encoders.ClipScorer(pipeline.cfg.clip, pipeline.device)
     return diversity(np.stack(images), clip)
 
 
@@ -71,7 +72,7 @@ def measure(pipeline, data, samples, rewards=None, first=0, **sampling):
     if rewards:
         for name, values in rewards(images, captions).items():
             figures[name] = float(values.mean())
-    clip = common.ClipScorer(pipeline.cfg.clip, pipeline.device)
+    clip = encoders.ClipScorer(pipeline.cfg.clip, pipeline.device)
     figures["distance"] = clip_distance(images, data, clip, first)
     repeated = [caption for caption in captions[:CAPTIONS] for _ in range(EACH)]
     return figures | diversity(pipeline.generate(repeated, seed=5, **sampling), clip)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import common
+import encoders
 from toy import judge, models
 from toy.language import LANGUAGES, paragraph, tell
 
@@ -67,7 +68,7 @@ def report(base, after_stage, data, folder, args):
     common.print_table(rows, f"{folder}: {args.samples} held-out scenes, {args.sample_steps} "
                        "sampling steps")
     if 3 in after_stage and Path(base.cfg.clip) == models.CLIP_FOLDER:   # the scorer is built on it
-        scorer = common.AestheticScorer(SCORER, common.ClipScorer(base.cfg.clip, base.device))
+        scorer = encoders.AestheticScorer(SCORER, encoders.ClipScorer(base.cfg.clip, base.device))
         figures["quality_before"] = float(scorer(images[2]).mean())
         figures["quality_after"] = float(scorer(images[3]).mean())
         figures |= common.percent("stage3_loss", right[2] - right[3])

@@ -8,6 +8,7 @@ import torch
 from tqdm import trange
 
 import common
+import encoders
 from toy import judge
 from toy.gain import clip_distance
 from toy.language import IN_PLAIN_WORDS, narrative_prompts
@@ -44,7 +45,7 @@ def grade(pipeline, data, samples, first=0, kinds=KINDS, rewrite=None, **samplin
 class Rewriter:
     """An LLM that says prompts in plain words, greedily: the rival, which needs it to generate."""
     def __init__(self, path, device="cpu"):
-        self.model, self.tokenizer = common.load_pretrained(
+        self.model, self.tokenizer = encoders.load_pretrained(
             "AutoModelForCausalLM", path, "--llm", "language model", device)
         self.tokenizer.padding_side = "left"
 
@@ -98,7 +99,7 @@ def compare_plain(base, base_images, base_tables, adapted, images, tables, data)
     adapter_size = sum(p.numel() for p in adapted.text_encoder.adapter.parameters())
     base_size = sum(p.numel() for p in base.model.parameters())
     figures["adapter_share"] = 100 * adapter_size / base_size
-    clip = common.ClipScorer(base.cfg.clip, base.device)
+    clip = encoders.ClipScorer(base.cfg.clip, base.device)
     figures["distance_base"] = clip_distance(base_images["plain"], data, clip)
     figures["distance"] = clip_distance(images["plain"], data, clip)
     print(f"plain captions, image by image: {figures['plain_loss']:.1f} +- "
