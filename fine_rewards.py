@@ -121,6 +121,9 @@ class Config:
     def __post_init__(self):
         if not any(self.weights):
             raise UserError(f"--weights: one of {', '.join(REWARDS)} must be above 0")
+        if min(self.score_batch, self.batch_size, self.prompts, self.candidates, self.rounds) < 1:
+            raise UserError("--score-batch, --batch-size, --prompts, --candidates and --rounds "
+                            "must be at least 1")
         text = INSTRUCTIONS.get(self.instruction, self.instruction)
         if "{prompt}" not in text or "{label}" not in text:
             raise UserError(f"--instruction {text}: choose {' or '.join(INSTRUCTIONS)}, or a text "
