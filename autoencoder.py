@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import common
+import image_data
 from common import UserError
 
 
@@ -247,7 +248,7 @@ def load_for(cfg, device):
 
 
 # ----------------------------------------------------------------------- latents, computed once
-class Latents(common.CaptionedImages):
+class Latents(image_data.CaptionedImages):
     """Captioned images as latents: image(i) -> (2, C, s, s) float16, mean and log-variance.
 
     root, split, items: as for CaptionedImages; size: of the images in pixels; vae: an Autoencoder
@@ -271,7 +272,7 @@ class Latents(common.CaptionedImages):
             "encoder": common.fingerprint(nn.ModuleList([vae.encoder, vae.quant_conv])),
         }
         if not note.exists():
-            pixels = common.CaptionedImages(root, split, size)
+            pixels = image_data.CaptionedImages(root, split, size)
             broken = encode_images(pixels, vae, device, path)
             common.write_json(note, made_from | {"broken": broken})
         found = common.read_json(note)
@@ -293,7 +294,7 @@ class Latents(common.CaptionedImages):
         path = self.items[i][0]
         row = self.row_of[path]
         if row in self.broken:
-            raise common.BrokenImage(f"{path} could not be read")
+            raise image_data.BrokenImage(f"{path} could not be read")
         return torch.from_numpy(self.rows[row].copy())   # a copy, since the map is read-only
 
 
@@ -318,10 +319,10 @@ def encode_images(pixels, vae, device, path, batch_size=16):
     broken = []
     with common.atomic_write(path) as temporary:
         rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-        batches = common.load_all(pixels, batch_size, f"encoding into {path.parent}/")
+        batches = image_data.load_all(pixels, batch_size, f"encoding into {path.parent}/")
         for n, (images, _, reasons) in enumerate(batches):
             first = n * batch_size
-            moments = torch.stack(vae.encode(common.to_float(images.to(device))), dim=1)
+            moments = torch.stack(vae.encode(image_data.to_float(images.to(device))), dim=1)
             rows[first:first + len(images)] = moments.half().cpu().numpy()
             broken += [first + i for i, reason in enumerate(reasons) if reason]
             if len(broken) > 0.01 * len(pixels):

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import common
 import encoders
+import image_data
 import sample
 import toy
 from common import UserError
@@ -78,7 +79,8 @@ def generated_images(pipeline, captions, sampling, batch_size=128):
 
 def real_images(dataset, workers=None, batch_size=128):
     """Yields all images of a CaptionedImages in the same way, each with one of its captions."""
-    for images, captions, broken in common.load_all(dataset, batch_size, "real images", workers):
+    loader = image_data.load_all(dataset, batch_size, "real images", workers)
+    for images, captions, broken in loader:
         for reason in filter(None, broken):
             print(f"\nwarning: {reason}; another image takes its place")
         yield images.permute(0, 2, 3, 1), captions
@@ -151,11 +153,12 @@ def read_statistics(path, dim):
 
 def reference_images(folder, size):
     """The images of a folder, with captions or without, as CaptionedImages."""
-    paths = [path for path in common.find_files(folder).values()
-             if path.suffix.lower() in common.IMAGE_SUFFIXES]
+    paths = [path for path in image_data.find_files(folder).values()
+             if path.suffix.lower() in image_data.IMAGE_SUFFIXES]
     if not paths:
         raise UserError(f"--reference {folder} is neither a folder of images nor an .npz file")
-    return common.CaptionedImages(folder, "val", size, items=[(path, [""], {}) for path in paths])
+    items = [(path, [""], {}) for path in paths]
+    return image_data.CaptionedImages(folder, "val", size, items)
 
 
 def quality(pipeline, dataset, samples, clip, inception, reference, sampling, folder, workers=None):
@@ -219,7 +222,7 @@ def print_quality(figures, title):
 
 def measure_quality(args, pipeline, data, how):
     """eval.py --quality; how: the sampling in words, for the table's title."""
-    dataset = common.CaptionedImages(data, "val", pipeline.image_size)
+    dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     samples = args.samples or min(30_000, len(dataset))
     clip = encoders.ClipScorer(args.clip_model or pipeline.cfg.clip, pipeline.device)
     inception = Inception(args.inception, pipeline.device) if args.inception else None

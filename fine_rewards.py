@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 import common
 import encoders
+import image_data
 import toy
 import uvit_fusion
 from common import UserError
@@ -416,7 +417,7 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
     # until LoRA is merged at the end, model.safetensors holds the model that the round began with
     run = common.Run(folder, cfg, [tuned, optimizer], pipeline.model.state_dict(), args,
                      pipeline.precision, save_every=100, title=f"round {n + 1}")
-    batches = common.ResumableBatchSampler(
+    batches = image_data.ResumableBatchSampler(
         len(prompts), cfg.batch_size, run.start, cfg.steps, cfg.seed + n)
 
     for step, batch in enumerate(batches, run.start + 1):
@@ -545,7 +546,7 @@ def main():
     pipeline, data, cfg = load_base(cfg, args)
     begin = time.time()
     rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
-    dataset = common.CaptionedImages(data, "train", pipeline.image_size)
+    dataset = image_data.CaptionedImages(data, "train", pipeline.image_size)
     if cfg.data != "shapes":
         raft(cfg, pipeline, rewards, dataset, folder, args)
         uvit_fusion.report(pipeline, data, folder, args.samples, begin)

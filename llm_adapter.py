@@ -58,6 +58,7 @@ import torch.nn.functional as F
 import autoencoder
 import common
 import encoders
+import image_data
 import toy.multilingual
 import uvit_fusion
 from common import UserError
@@ -283,7 +284,7 @@ def best_items(cfg, data, size):
     way_out = ("--quality-split names the split that stage 3 takes images from, --quality a field "
                "or a JSON file with their scores; --stages 2 does without")
     try:
-        items = common.CaptionedImages(data, cfg.quality_split, size).items
+        items = image_data.CaptionedImages(data, cfg.quality_split, size).items
     except UserError as error:
         raise UserError(f"--quality-split {cfg.quality_split}: {error}: {way_out}") from None
     if Path(cfg.quality).suffix == ".json":
@@ -319,7 +320,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
         steps = range(run.start + 1, cfg.steps + 1)
         batches = (sample_pairs(cfg, *data, step) for step in steps)
     else:
-        batches = common.batches(data, cfg.batch_size, run.start, cfg.steps, seed)
+        batches = image_data.batches(data, cfg.batch_size, run.start, cfg.steps, seed)
 
     for step, batch in enumerate(batches, run.start + 1):
         torch.manual_seed(seed * 10**8 + step)      # a resumed run equals an uninterrupted one
@@ -346,7 +347,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
 
     args: has .overwrite, and .resume, with which finished stages stay as they are.
     """
-    items = common.CaptionedImages(data, "train", base.cfg.size).items
+    items = image_data.CaptionedImages(data, "train", base.cfg.size).items
     captions = [caption for _, texts, _ in items for caption in texts]
     parallel = []
     if cfg.parallel:

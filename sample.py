@@ -19,6 +19,7 @@ from PIL import Image
 
 import common
 import encoders
+import image_data
 import uvit_fusion
 from common import UserError
 
@@ -126,7 +127,7 @@ def read_prompts(args):
     with common.reading("the prompts", "write them in UTF-8"):
         if "-" in args.prompts:
             prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
-        return [common.one_line(prompt) for prompt in prompts if prompt.strip()]
+        return [image_data.one_line(prompt) for prompt in prompts if prompt.strip()]
 
 
 def add_flags(parser):
@@ -156,7 +157,7 @@ def main():
         parser.print_help()
         return
     out = Path(args.out or run_folder(args) / "samples" / "prompts.png")
-    if out.suffix.lower() not in common.IMAGE_SUFFIXES:
+    if out.suffix.lower() not in image_data.IMAGE_SUFFIXES:
         raise UserError(f"--out {out}: name an image file, such as {out}.png")
     font = common.load_font(args.font)
     pipeline = load_pipeline(args)

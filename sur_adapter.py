@@ -52,6 +52,7 @@ from tqdm import trange
 
 import common
 import encoders
+import image_data
 import toy.narratives
 import uvit_fusion
 from common import UserError
@@ -297,7 +298,7 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     llm_targets[row_of[""]] = means[row_of[""]]      # the empty prompt stays what it is
     run = common.Run(folder, cfg, [adapter, ema, *optimizers], ema.state_dict(), args,
                      pipeline.precision, title="adapter", dataset=dataset)
-    loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
+    loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
 
     for step, (images, pairs) in enumerate(loader, run.start + 1):
         torch.manual_seed(cfg.seed * 10**9 + step)   # a resumed run equals an uninterrupted one

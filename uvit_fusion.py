@@ -66,6 +66,7 @@ from tqdm import tqdm
 import autoencoder
 import common
 import encoders
+import image_data
 import toy
 from common import UserError
 from toy import judge
@@ -634,9 +635,9 @@ class Pipeline:
     def decode(self, x_0):
         """x_0 (B, C, S, S) -> images, numpy uint8 (B, H, W, 3)."""
         if self.vae is None:
-            return common.to_uint8(x_0)
+            return image_data.to_uint8(x_0)
         parts = (x_0 / self.cfg.latent_scale).split(16)          # images are large: few at a time
-        return np.concatenate([common.to_uint8(self.vae.decode(z)) for z in parts])
+        return np.concatenate([image_data.to_uint8(self.vae.decode(z)) for z in parts])
 
     @torch.no_grad()
     def encode(self, images, sample=True):
@@ -647,10 +648,10 @@ class Pipeline:
         """
         images = images.to(self.device, non_blocking=True)
         if self.vae is None:
-            return common.to_float(images)
+            return image_data.to_float(images)
         moments = images
         if images.ndim == 4:                                     # pixels
-            parts = [self.vae.encode(common.to_float(part)) for part in images.split(16)]
+            parts = [self.vae.encode(image_data.to_float(part)) for part in images.split(16)]
             moments = torch.cat([torch.stack(part, dim=1) for part in parts])
         noise = torch.randn_like(moments[:, 0], dtype=torch.float32) if sample else 0
         return self.cfg.latent_scale * autoencoder.sample_latents(moments, noise)
@@ -658,7 +659,7 @@ class Pipeline:
     def dataset(self, root, split, items=None):
         """The captioned images of a split; latents are computed once and kept on disk."""
         if self.vae is None:
-            return common.CaptionedImages(root, split, self.cfg.size, items)
+            return image_data.CaptionedImages(root, split, self.cfg.size, items)
         return autoencoder.Latents(
             root, split, self.image_size, self.vae, device=self.device, items=items)
 
@@ -785,7 +786,7 @@ def train_words(data, size, folder, keep):
     """
     path = Path(folder) / "words"
     if not keep:
-        items = common.CaptionedImages(data, "train", size).items
+        items = image_data.CaptionedImages(data, "train", size).items
         captions = [caption for _, texts, _ in items for caption in texts]
         tokenizer = toy.models.train_tokenizer(captions, vocabulary=2048)
         tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
@@ -812,11 +813,11 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    held_out = common.CaptionedImages(data, "val", pipeline.image_size)
+    held_out = image_data.CaptionedImages(data, "val", pipeline.image_size)
     network = torch.compile(model) if args.compile else model    # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
-    loader = common.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
+    loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
                             args.workers, rank, world_size)
 
     for step, (images, captions) in enumerate(loader, run.start + 1):
@@ -885,7 +886,7 @@ def report(pipeline, data, folder, samples, begin):
     Writes samples/validation.png and results.json. begin: time.time() at the start.
     """
     folder = Path(folder)
-    dataset = common.CaptionedImages(data, "val", pipeline.image_size)
+    dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     captions = validation_captions(dataset, 24)
     path = folder / "samples" / "validation.png"
     common.image_grid(pipeline.generate(captions), captions, path)
@@ -940,7 +941,7 @@ def main():
               f"in {str(precision).removeprefix('torch.')}, into {folder}/")
     size = cfg.size * (8 if cfg.autoencoder else 1)              # 8 x 8 pixels make a latent
     if cfg.data != "shapes":
-        common.CaptionedImages(cfg.data, "val", size)      # bad data stop here, not days later
+        image_data.CaptionedImages(cfg.data, "val", size)      # bad data stop here, not days later
     with rank_0_first(rank, world_size):
         data = toy.prepare(cfg.data, cfg.clip, size)
         if cfg.clip == "words":

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import common
 import dsd
 import encoders
+import image_data
 from common import UserError
 from toy import matching
 from toy.matching import rank
@@ -215,7 +216,7 @@ def tune_clip(clip, candidates, steps=150, batch_size=64, lr=1e-4):
 def read_comvg(path, folder):
     """The groups of ComVG's CSV: a sentence, a right and a wrong image (<id>.jpg in a folder)."""
     images = {file.stem: str(file) for file in Path(folder).iterdir()
-              if file.suffix.lower() in common.IMAGE_SUFFIXES}
+              if file.suffix.lower() in image_data.IMAGE_SUFFIXES}
     rng = random.Random(0)
     groups = []
     with open(path, newline="", encoding="utf-8") as file:
@@ -238,7 +239,7 @@ def read_comvg(path, folder):
 
 def retrieval_groups(data, pool_size, size):
     """Each of the first validation images with all captions, and each caption with all images."""
-    items = common.CaptionedImages(data, "val", size).items[:pool_size]
+    items = image_data.CaptionedImages(data, "val", size).items[:pool_size]
     paths = [str(path) for path, _, _ in items]
     texts = [caption for _, captions, _ in items for caption in captions]
     groups = []

@@ -26,6 +26,7 @@ import torch
 
 import common
 import fine_rewards
+import image_data
 from common import UserError
 from experiments.fusion import seed_interval
 from fine_rewards import PRESETS, Config, Rewards, aggregate_ranks
@@ -191,7 +192,7 @@ def measure_seeds(name, start, cfg, dataset, data, folder, args):
 def compare(cfg, args, folder):
     """Trains the variants and grades them on the same captions and noise."""
     base, data, _ = fine_rewards.load_base(cfg, args)
-    dataset = common.CaptionedImages(data, "train", base.image_size)
+    dataset = image_data.CaptionedImages(data, "train", base.image_size)
     measures = ("distance", "diversity", "clip_diversity")
     rows = [["all right, %", "", "+-", "gain", "+-", *measures, "variety lost, %", "+-"]]
     start = gain.measure(base, data, args.samples, first=args.first, steps=cfg.sample_steps)
@@ -225,7 +226,7 @@ def analyse(cfg, args, folder):
     """Scores rendered images against their right captions and against hard negatives."""
     pipeline, data, _ = fine_rewards.load_base(cfg, args)
     rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
-    dataset = common.CaptionedImages(data, "val", pipeline.image_size)
+    dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     scenes, captions, _ = gain.held_out(data, args.samples, args.first)
     rng = random.Random(0)
     figures = {}

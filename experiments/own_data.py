@@ -22,6 +22,7 @@ import urllib.request
 from pathlib import Path
 
 import common
+import image_data
 import uvit_fusion
 from common import UserError
 from uvit_fusion import PRESETS, Config
@@ -87,7 +88,7 @@ def photographs(args, device, precision):
     """Counts images of a mean brightness below 32 of 255, among those of 24 captions."""
     args.steps = getattr(args, "steps", 150)
     pipeline, folder = train(args, "runs/photographs", device, precision)
-    dataset = common.CaptionedImages(pipeline.cfg.data, "val", pipeline.image_size)
+    dataset = image_data.CaptionedImages(pipeline.cfg.data, "val", pipeline.image_size)
     captions = uvit_fusion.validation_captions(dataset, 24)
     rows = [["sampler", "black images", "mean brightness"]]
     figures = {}

@@ -33,6 +33,7 @@ import autoencoder
 import common
 import dsd
 import eval as grading
+import image_data
 import llm_adapter
 import sample
 from toy.models import train_tokenizer
@@ -125,7 +126,7 @@ class Files:
         self.kinds[kind] = (Path(path), read)
 
     def use(self, root, split="train"):
-        dataset = common.CaptionedImages(root, split, 8)
+        dataset = image_data.CaptionedImages(root, split, 8)
         for i in range(min(3, len(dataset))):
             _, caption, _ = dataset[i, i]
             self.pipeline.text_encoder([caption])
@@ -161,7 +162,7 @@ class Files:
             path = self.folder / name
             image = noise.convert("L").convert(mode) if mode == "I;16" else noise.convert(mode)
             image.save(path, **({} if mode == "I;16" else {"exif": exif}))
-            self.add(name, path, lambda path=path: common.load_image(path, 16))
+            self.add(name, path, lambda path=path: image_data.load_image(path, 16))
 
     def models(self):
         vae = autoencoder.Autoencoder((32, 32), blocks=1).eval()
@@ -224,7 +225,7 @@ class Files:
         pairs.write_text('{"text": "ein Hund", "english": "a dog"}\n' * 3)
         self.add("pairs.jsonl", pairs, lambda: common.read_json_lines(
             pairs, pairs, ("text", "english")))
-        items = common.CaptionedImages(self.folder / "coco", "train", 8).items
+        items = image_data.CaptionedImages(self.folder / "coco", "train", 8).items
         scores = self.folder / "scores.json"
         scores.write_text(json.dumps({path.name: 0.5 for path, _, _ in items}))
         cfg = llm_adapter.Config(quality=str(scores))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import autoencoder
 import common
+import image_data
 from autoencoder import Autoencoder, Latents, sample_latents
 
 
@@ -201,18 +202,19 @@ def interrupt(*_):
 
 def test_row_i_is_what_the_encoder_gives_of_image_i(coco, tiny):
     dataset = latents(coco, tiny)
-    pixels = common.CaptionedImages(coco, "train", 16)
+    pixels = image_data.CaptionedImages(coco, "train", 16)
     assert len(dataset) == 12 and dataset.items == pixels.items
     for i in range(12):
-        expected = torch.cat(tiny.encode(common.to_float(pixels.image(i)[None])))
+        expected = torch.cat(tiny.encode(image_data.to_float(pixels.image(i)[None])))
         assert dataset.image(i).shape == (2, 4, 8, 8) and dataset.image(i).dtype == torch.float16
         assert torch.allclose(dataset.image(i).float(), expected, rtol=2**-10, atol=1e-3)
 
 
 def test_batches_hold_latents_in_the_place_of_images(coco, tiny):
     dataset = latents(coco, tiny)
-    pixels = common.CaptionedImages(coco, "train", 16)
-    pairs = zip(common.batches(dataset, 4, 0, 4, seed=0), common.batches(pixels, 4, 0, 4, seed=0))
+    pixels = image_data.CaptionedImages(coco, "train", 16)
+    pairs = zip(image_data.batches(dataset, 4, 0, 4, seed=0),
+                image_data.batches(pixels, 4, 0, 4, seed=0))
     for (moments, captions), (_, same_captions) in pairs:
         numbers = [int(caption.split()[1]) for caption in captions]
         assert captions == same_captions
@@ -302,12 +304,12 @@ def test_a_broken_image_is_left_out_and_more_than_one_per_cent_are_refused(tmp_p
     broken.write_bytes(b"no image")
     for _ in range(2):                                     # as it is encoded and as it is opened
         dataset = latents(coco, tiny, size=4)
-        with pytest.raises(common.BrokenImage, match="000000000097"):
+        with pytest.raises(image_data.BrokenImage, match="000000000097"):
             dataset.image(97)
         _, caption, replaced = dataset[97, 0]
         assert replaced.startswith(str(broken)) and not caption.startswith("picture 97 ")
-    last = common.CaptionedImages(coco, "train", 4).image(100)
-    expected = torch.cat(tiny.encode(common.to_float(last[None])))
+    last = image_data.CaptionedImages(coco, "train", 4).image(100)
+    expected = torch.cat(tiny.encode(image_data.to_float(last[None])))
     assert torch.allclose(dataset.image(100).float(), expected, rtol=2**-10, atol=1e-3)
     (coco / "train2017" / "000000000008.jpg").write_bytes(b"no image")
     shutil.rmtree(tmp_path / "latents")

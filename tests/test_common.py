@@ -24,9 +24,11 @@ from safetensors.torch import load_file
 
 import common
 import encoders
+import image_data
 import uvit_fusion
-from common import CaptionedImages, UserError
+from common import UserError
 from encoders import LLMEncoder
+from image_data import CaptionedImages
 from toy.models import train_tokenizer
 
 
@@ -69,7 +71,7 @@ def test_a_folder_in_any_of_these_layouts_is_images_with_captions(
 
 def test_every_image_comes_once_an_epoch_with_changing_captions(coco):
     dataset = CaptionedImages(coco, "train", 16)
-    batches = list(common.batches(dataset, 4, 0, 6, seed=0))
+    batches = list(image_data.batches(dataset, 4, 0, 6, seed=0))
     assert all(images.shape == (4, 3, 16, 16) for images, _ in batches)
     captions = [caption for _, some in batches for caption in some]
     numbers = [caption.split()[1] for caption in captions]
@@ -79,13 +81,13 @@ def test_every_image_comes_once_an_epoch_with_changing_captions(coco):
 
 def test_a_batch_depends_on_seed_and_step_alone_and_ranks_share_it(coco):
     dataset = CaptionedImages(coco, "train", 16)
-    whole = list(common.batches(dataset, 4, 0, 5, seed=1, workers=0))
+    whole = list(image_data.batches(dataset, 4, 0, 5, seed=1, workers=0))
     for begin, workers in ((3, 0), (0, 2)):                      # resumed; read by processes
-        again = common.batches(dataset, 4, begin, 5, seed=1, workers=workers)
+        again = image_data.batches(dataset, 4, begin, 5, seed=1, workers=workers)
         for (images, captions), (same, alike) in zip(whole[begin:], again, strict=True):
             assert torch.equal(images, same) and captions == alike
-    assert whole[0][1] != next(common.batches(dataset, 4, 0, 5, seed=2))[1]
-    shares = [common.batches(dataset, 4, 0, 5, 1, rank=rank, world_size=2) for rank in (0, 1)]
+    assert whole[0][1] != next(image_data.batches(dataset, 4, 0, 5, seed=2))[1]
+    shares = [image_data.batches(dataset, 4, 0, 5, 1, rank=rank, world_size=2) for rank in (0, 1)]
     for (_, captions), (_, first), (_, second) in zip(whole, *shares):
         assert captions == first + second
 
@@ -96,7 +98,7 @@ def test_batches_of_processes_need_no_shared_memory(coco, monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", use)
     monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", use)
     dataset = CaptionedImages(coco, "train", 16)
-    images = [images for images, _, _ in common.load_all(dataset, 5, "images", workers=2)]
+    images = [images for images, _, _ in image_data.load_all(dataset, 5, "images", workers=2)]
     expected = torch.stack([dataset.image(i) for i in range(12)])
     assert torch.equal(torch.cat(images), expected)
 
@@ -108,7 +110,7 @@ class Dying(CaptionedImages):
     def image(self, i):
         if self.killed:
             os.kill(os.getpid(), signal.SIGKILL)
-        raise common.BrokenImage(f"{i} is broken")
+        raise image_data.BrokenImage(f"{i} is broken")
 
 
 def test_a_process_that_dies_or_finds_no_image_ends_the_run_with_one_line(coco, capsys):
@@ -116,19 +118,20 @@ def test_a_process_that_dies_or_finds_no_image_ends_the_run_with_one_line(coco, 
         dataset = Dying(coco, "train", 16)
         dataset.killed = killed
         with pytest.raises(SystemExit) as end:
-            common.entry(lambda data=dataset: list(common.load_all(data, 4, "images", workers=1)))
+            common.entry(
+                lambda data=dataset: list(image_data.load_all(data, 4, "images", workers=1)))
         lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
         assert end.value.code == 2 and len(lines) == 1 and f"error: {words}" in lines[0]
     with pytest.raises(UserError, match="--workers -1: choose"):
-        list(common.load_all(dataset, 4, "images", workers=-1))
+        list(image_data.load_all(dataset, 4, "images", workers=-1))
 
 
 def test_an_image_is_its_largest_centred_square(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (10, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    assert np.array_equal(common.load_image(tmp_path / "wide.png", 10), pixels[:, 3:13])
+    assert np.array_equal(image_data.load_image(tmp_path / "wide.png", 10), pixels[:, 3:13])
     Image.fromarray(pixels).rotate(90, expand=True).save(tmp_path / "tall.png")
-    assert np.array_equal(common.load_image(tmp_path / "tall.png", 10), np.rot90(pixels)[3:13])
+    assert np.array_equal(image_data.load_image(tmp_path / "tall.png", 10), np.rot90(pixels)[3:13])
 
 
 def test_a_jpeg_may_be_large_grey_for_print_or_turned_by_a_camera(tmp_path):
@@ -143,7 +146,7 @@ def test_a_jpeg_may_be_large_grey_for_print_or_turned_by_a_camera(tmp_path):
     for name in ("RGB", "L", "CMYK", "turned"):
         expected = photo.convert("L").convert("RGB") if name == "L" else photo
         expected = np.asarray(expected.crop((64, 0, 264, 200)).resize((16, 16)))
-        found = common.load_image(tmp_path / f"{name}.jpg", 16).astype(float)
+        found = image_data.load_image(tmp_path / f"{name}.jpg", 16).astype(float)
         assert np.abs(found - expected).mean() < 5               # decoded at an eighth of its size
 
 
@@ -151,7 +154,7 @@ def test_a_jpeg_may_be_large_grey_for_print_or_turned_by_a_camera(tmp_path):
     ("RGBA", "png"), ("RGBA", "webp"), ("RGBA", "tif"), ("LA", "png"), ("P", "png"), ("P", "gif"),
     ("RGB", "png")])
 def test_what_hides_under_clear_pixels_is_not_seen(tmp_path, capsys, mode, ending):
-    common.say_once.cache_clear()
+    image_data.say_once.cache_clear()
     pixels = np.zeros((16, 16, 4), np.uint8)                     # black under clear pixels
     pixels[4:12, 4:12] = (153, 153, 153, 255)
     image, options = Image.fromarray(pixels), {}
@@ -162,7 +165,7 @@ def test_what_hides_under_clear_pixels_is_not_seen(tmp_path, capsys, mode, endin
         options = {"transparency": image.getpixel((0, 0))}
     image.convert(mode).save(tmp_path / f"a.{ending}", **options)
     for _ in range(2):
-        found = common.load_image(tmp_path / f"a.{ending}", 16)
+        found = image_data.load_image(tmp_path / f"a.{ending}", 16)
     expected = np.where(pixels[..., 3:], pixels[..., :3], 255)
     assert np.abs(found.astype(int) - expected).max() <= 2
     assert capsys.readouterr().out.count("white ground") == 1    # said once
@@ -172,13 +175,13 @@ def test_grey_of_16_bits_is_scaled_and_what_has_no_scale_is_refused(tmp_path):
     grey = (np.arange(256).reshape(16, 16) * 257).astype(np.uint16)
     for ending in ("png", "tif"):
         Image.fromarray(grey).save(tmp_path / f"a.{ending}")
-        found = common.load_image(tmp_path / f"a.{ending}", 16)
+        found = image_data.load_image(tmp_path / f"a.{ending}", 16)
         assert np.array_equal(found, np.repeat(grey[..., None] // 257, 3, -1))
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(grey.astype(np.int32) * 1000).save(tmp_path / "int.tif")
     for name, words in (("float.tif", "HDR"), ("int.tif", "32 bits")):
-        with pytest.raises(common.BrokenImage, match=f"{name} .*{words}"):
-            common.load_image(tmp_path / name, 16)
+        with pytest.raises(image_data.BrokenImage, match=f"{name} .*{words}"):
+            image_data.load_image(tmp_path / name, 16)
 
 
 def test_a_photo_is_turned_by_its_orientation_whatever_else_its_exif_holds(tmp_path):
@@ -194,7 +197,7 @@ def test_a_photo_is_turned_by_its_orientation_whatever_else_its_exif_holds(tmp_p
         # an entry whose type does not fit its value, which Pillow reads but cannot write
         broken = data.replace(b"\x92\x86\x00\x07", b"\x92\x86\x00\x0b")
         Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=broken, quality=95)
-        found = common.load_image(tmp_path / "a.jpg", 16)[..., 0]
+        found = image_data.load_image(tmp_path / "a.jpg", 16)[..., 0]
         quarters = found.reshape(2, 8, 2, 8).mean((1, 3))
         assert quarters[row, column] > 200 and quarters.sum() < 300, orientation
 
@@ -207,8 +210,8 @@ def test_whatever_a_decoder_raises_makes_a_broken_image(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for error in (TypeError("a"), AttributeError("b"), IndexError(), MemoryError(), EOFError()):
         monkeypatch.setattr(Image.Image, "load", raising(error))
-        with pytest.raises(common.BrokenImage, match="a.png cannot be read"):
-            common.load_image(tmp_path / "a.png", 8)
+        with pytest.raises(image_data.BrokenImage, match="a.png cannot be read"):
+            image_data.load_image(tmp_path / "a.png", 8)
 
 
 def write_image(path):
@@ -344,27 +347,27 @@ def test_linked_folders_are_followed_once(tmp_path):
 
 def test_pixels_become_floats_and_back():
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(-1, 3, -1, -1)
-    x = common.to_float(images)
+    x = image_data.to_float(images)
     assert x.min() == -1 and x.max() == 1
-    assert np.array_equal(common.to_uint8(x), images.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(image_data.to_uint8(x), images.permute(0, 2, 3, 1).numpy())
     beyond = torch.tensor([-2.0, 2.0, 0.0]).view(1, 3, 1, 1)
-    assert common.to_uint8(beyond).tolist() == [[[[0, 255, 128]]]]
+    assert image_data.to_uint8(beyond).tolist() == [[[[0, 255, 128]]]]
     with pytest.raises(UserError, match="gives nan"):            # they would be drawn black
-        common.to_uint8(torch.tensor([math.nan]).view(1, 1, 1, 1))
+        image_data.to_uint8(torch.tensor([math.nan]).view(1, 1, 1, 1))
 
 
 def test_a_broken_image_is_replaced_and_counted(tmp_path, capsys):
     root = images_with_texts(tmp_path / "data", 220)
     (root / "007.png").write_bytes((root / "007.png").read_bytes()[:40])
     dataset = CaptionedImages(root, "train", 16)
-    images = torch.cat([images for images, _ in common.batches(dataset, 11, 0, 40, seed=0)])
+    images = torch.cat([images for images, _ in image_data.batches(dataset, 11, 0, 40, seed=0)])
     assert images.shape == (440, 3, 16, 16)
     out = capsys.readouterr().out
     assert out.count("warning") == 1 and "\n1 images could not be read" in out
     for i in (8, 9):
         (root / f"{i:03d}.png").write_bytes(b"")
     with pytest.raises(UserError, match="3 of 2.. images cannot be read, more than 1 %"):
-        list(common.batches(CaptionedImages(root, "train", 16), 11, 0, 40, seed=0))
+        list(image_data.batches(CaptionedImages(root, "train", 16), 11, 0, 40, seed=0))
     for path in root.glob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="twenty images in a row"):

@@ -13,6 +13,7 @@ from PIL import Image
 import common
 import encoders
 import eval as grading
+import image_data
 from toy import judge
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -212,7 +213,7 @@ class StandInPipeline:
 
 
 def measure(pipeline, data, clip, folder, samples=150, inception=None, reference=None):
-    dataset = common.CaptionedImages(data, "val", 32)
+    dataset = image_data.CaptionedImages(data, "val", 32)
     return grading.quality(pipeline, dataset, samples, encoders.ClipScorer(clip),
                            inception, reference, {"steps": 7}, folder)
 
@@ -222,11 +223,11 @@ def test_generated_images_are_measured_against_their_captions_and_the_real_image
     pipeline = StandInPipeline()
     network = grading.Inception(inception)
     figures = measure(pipeline, coco, large_clip, tmp_path, inception=network)
-    items = common.CaptionedImages(coco, "val", 32).items
+    items = image_data.CaptionedImages(coco, "val", 32).items
     captions = [random.Random(i).choice(items[i % 4][1]) for i in range(150)]
     assert pipeline.prompts == captions                          # four images: they come again
     generated = pipeline.generate(captions, batch_size=150, steps=7)
-    real = np.stack([common.load_image(path, 32) for path, _, _ in items])
+    real = np.stack([image_data.load_image(path, 32) for path, _, _ in items])
     clip = encoders.ClipScorer(large_clip)
     x = clip.images(generated)
     scores = clip.score(x, captions).numpy()

@@ -18,6 +18,7 @@ from transformers.utils import import_utils
 
 import common
 import fine_rewards
+import image_data
 import sample
 import segmenter
 import uvit_fusion
@@ -437,7 +438,7 @@ def test_the_two_sided_reward_is_the_mean_of_both_sides(world, clip_folder):
 # ------------------------------------------------------------------------------ sample and tune
 @pytest.fixture(scope="module")
 def dataset(world):
-    return common.CaptionedImages(world / "data" / "shapes", "train", 24)
+    return image_data.CaptionedImages(world / "data" / "shapes", "train", 24)
 
 
 def test_each_candidate_has_noise_of_its_own_and_guidance_of_candidates(world):
@@ -505,7 +506,7 @@ def test_lora_begins_as_the_model_and_learns_each_image_under_its_prompt_or_none
     pairs = []
     for (x_0, _, _), texts in zip(seen, read):
         for x, text in zip(x_0, texts):
-            matches = [torch.equal(common.to_float(image), x) for image in images]
+            matches = [torch.equal(image_data.to_float(image), x) for image in images]
             pairs.append((matches.index(True), text))
     assert all(text in ("", prompts[i]) for i, text in pairs)
     assert 10 < sum(text == "" for _, text in pairs) < 38
@@ -547,7 +548,7 @@ def test_dpo_learns_the_best_against_the_worst(world, tmp_path):
     text, mask = base.text_encoder(PROMPTS[:3])
     changes = []
     for x in (best, worst):
-        x_0 = common.to_float(x)
+        x_0 = image_data.to_float(x)
         errors = []
         for network in (base.model, start.model):
             torch.manual_seed(0)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import encoders
+import image_data
 import llm_adapter
 import toy
 import uvit_fusion
@@ -400,7 +401,7 @@ class Painter:
 
 
 def test_a_grade_compares_languages_and_stages(toy_data, clip_folder, tmp_path, monkeypatch):
-    dataset = common.CaptionedImages(toy_data, "val", 24)
+    dataset = image_data.CaptionedImages(toy_data, "val", 24)
     images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in range(20)])
     scenes, captions, _ = judge.validation_scenes(toy_data, 20)
     prompts = multilingual.validation_prompts(scenes, captions)

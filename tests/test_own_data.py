@@ -7,8 +7,9 @@ import pytest
 from conftest import refused, run
 from PIL import Image
 
-from common import CaptionedImages, UserError
+from common import UserError
 from experiments import own_data
+from image_data import CaptionedImages
 
 
 def pack(path, files):

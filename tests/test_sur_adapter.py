@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import common
 import encoders
+import image_data
 import sur_adapter
 import toy.narratives
 import uvit_fusion
@@ -366,7 +367,7 @@ class Painter:
 
 def test_a_grade_tells_narratives_from_plain_captions(
         toy_data, clip_folder, tmp_path, monkeypatch):
-    dataset = common.CaptionedImages(toy_data, "val", 24)
+    dataset = image_data.CaptionedImages(toy_data, "val", 24)
     images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in range(20)])
     scenes, captions, _ = judge.validation_scenes(toy_data, 20)
     narratives = language.narrative_prompts(scenes)

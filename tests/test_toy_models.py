@@ -8,8 +8,8 @@ import transformers
 from safetensors.torch import load_file
 
 import toy
-from common import CaptionedImages, batches
 from encoders import ClipScorer
+from image_data import CaptionedImages, batches
 from toy import language, models, shapes
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from common import CaptionedImages
+from image_data import CaptionedImages
 from toy import shapes
 from toy.shapes import COLOURS, FIELDS, RELATIONS, SHAPES, Group, Scene, Thing
 

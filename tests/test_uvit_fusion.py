@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY, refused, run, save_run, tiny_cfg, tiny_pipeline
 from safetensors.torch import load_file
 
-import common
+import image_data
 import uvit_fusion
 from common import UserError
 from uvit_fusion import PRESETS, Block, Config, Diffusion, UViT
@@ -462,7 +462,7 @@ def test_pixels_and_latents_are_encoded_and_decoded(pipeline):
     x_0 = latent.encode(moments)
     torch.manual_seed(0)
     assert torch.allclose(x_0, 0.5 * (mean + 2 * torch.randn(mean.shape)), atol=1e-5)
-    assert np.array_equal(latent.decode(0.5 * mean)[:, ::2, 1::2], common.to_uint8(mean))
+    assert np.array_equal(latent.decode(0.5 * mean)[:, ::2, 1::2], image_data.to_uint8(mean))
 
 
 def test_a_pipeline_is_named_by_its_network_and_its_text_encoder(clip_folder):
@@ -553,7 +553,7 @@ def test_a_training_is_what_its_steps_say(tmp_path, coco, clip_folder, recorded,
     parts = cfg.accumulate
     batches = [joined(recorded[n * parts:(n + 1) * parts]) for n in range(3)]
     x_0, t, eps, _, mask = joined(batches)
-    images, _ = next(common.batches(pipeline.dataset(coco, "train"), 4, 0, 1, cfg.seed))
+    images, _ = next(image_data.batches(pipeline.dataset(coco, "train"), 4, 0, 1, cfg.seed))
     assert torch.allclose(x_0[:4], images / 127.5 - 1)
     assert len(t.unique()) > 6 and eps.std().item() == pytest.approx(1, abs=0.1)
     empty = (mask.sum(1) == 2).sum()                      # captions that are a begin and an end
@@ -637,7 +637,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
 def test_the_validation_loss_is_of_the_same_images_and_noise_each_time(
         tmp_path, coco, clip_folder):
     pipeline = tiny_pipeline(clip_folder)
-    dataset = common.CaptionedImages(coco, "val", pipeline.image_size)
+    dataset = image_data.CaptionedImages(coco, "val", pipeline.image_size)
     losses = [uvit_fusion.validate(pipeline, dataset, tmp_path / f"{n}.png") for n in (1, 2)]
     assert losses[0] == losses[1]
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()

@@ -10,6 +10,7 @@ import torch
 
 import common
 import encoders
+import image_data
 from toy import judge, shapes
 
 CAPTIONS = 64                    # held-out captions that diversity is measured on
@@ -47,7 +48,7 @@ def rendered_diversity(pipeline, data):
 
 def clip_distance(images, data, clip, first=0):
     """The Frechet distance between CLIP's features of N images and of N real validation images."""
-    dataset = common.CaptionedImages(data, "val", images.shape[1])
+    dataset = image_data.CaptionedImages(data, "val", images.shape[1])
     real = torch.stack([dataset.image(first + i) for i in range(len(images))]).permute(0, 2, 3, 1)
     real_statistics = common.feature_statistics(clip.images(real).cpu())
     return common.frechet_distance(

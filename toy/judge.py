@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 
 import common
+import image_data
 from common import UserError
 from toy.shapes import AREA, COLOURS, FIELDS, SHAPES, Scene, Thing, coverage, neighbourhood
 
@@ -180,7 +181,7 @@ def validation_scenes(data, samples):
     Returns (scenes, captions, unseen: bool array), the same for every run. Raises UserError for
     data without scenes.
     """
-    items = common.CaptionedImages(data, "val", size=24).items[:samples]     # reads no image
+    items = image_data.CaptionedImages(data, "val", size=24).items[:samples]     # reads no image
     if "scene" not in items[0][2]:
         raise UserError(f"--data {data}: its annotations hold no scenes, so there is nothing to "
                         "grade exactly: eval.py --quality measures any data")

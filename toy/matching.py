@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import common
+import image_data
 from common import UserError, read_json, read_json_lines
 from toy import shapes
 from toy.language import write_lines
@@ -47,7 +48,7 @@ def read_groups(path):
 
 def load_images(paths, size):
     """uint8 (N, 3, size, size). Raises UserError for an image that cannot be read."""
-    images = [common.load_image(path, size) for path in paths]
+    images = [image_data.load_image(path, size) for path in paths]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 

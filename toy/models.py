@@ -31,7 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 import common
-from common import CaptionedImages, autocast, batches
+from common import autocast
+from image_data import CaptionedImages, batches
 from toy import language, shapes
 from toy.shapes import Scene, atomic_folder
 
