@@ -214,7 +214,7 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def matmul_rate(device, dtype, size=1024):
+def matmul_rate(device, dtype, size):
     """Floating-point operations a second of a square matrix product, the best of ten tries."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
@@ -230,7 +230,10 @@ def matmul_rate(device, dtype, size=1024):
 def pick_precision(name, device):
     """"bf16" or "fp32" as asked; "auto": bf16 where its matrix products are 1.5 times as fast."""
     if name == "auto":
-        fast = matmul_rate(device, torch.bfloat16) > 1.5 * matmul_rate(device, torch.float32)
+        # on a CPU few milliseconds each, so that other work on the machine spares one of ten
+        size = 512 if device.type == "cpu" else 1024
+        bf16 = matmul_rate(device, torch.bfloat16, size)
+        fast = bf16 > 1.5 * matmul_rate(device, torch.float32, size)
         name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
