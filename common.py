@@ -694,7 +694,11 @@ def write_results(folder, figures):
                          text=True, cwd=Path(__file__).parent)
     results["commit"] = git.stdout.strip()              # empty where there is no git
     results["machine"] = machine()
-    results["command"] = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    script = Path(sys.argv[0])
+    program = script.name
+    if script.parent.name == "experiments":
+        program = f"-m experiments.{script.stem}"
+    results["command"] = f"python {program} {shlex.join(sys.argv[1:])}".strip()
     write_json(path, results)
 
 

@@ -1,6 +1,6 @@
 """Pictures of one's own: emoji by their names, and what a few steps make of photographs.
 
-    python -m experiments.own_data emoji                              # 15 min on two idle cores
+    python -m experiments.own_data emoji --clip words --steps 1200    # some minutes on two cores
     python -m experiments.own_data photographs --data path/to/coco    # 150 steps, 1 min
 
 emoji downloads 23 MB from the npm registry: Microsoft's Fluent Emoji as @lobehub/fluent-emoji-3d
@@ -106,6 +106,8 @@ def train(args, folder, device, precision):
     """Trains as `uvit_fusion.py --train` does; returns the pipeline and the run folder."""
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or folder)
+    if cfg.clip == "words":
+        cfg.clip = uvit_fusion.train_words(cfg.data, cfg.size, folder, keep=args.resume)
     run_args = argparse.Namespace(
         resume=args.resume, overwrite=args.overwrite, workers=None, compile=False)
     return uvit_fusion.train(cfg, cfg.data, folder, run_args, device, precision), folder
