@@ -19,6 +19,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import io
 import math
 import random
 import time
@@ -219,9 +220,11 @@ def read_comvg(path, folder):
               if file.suffix.lower() in image_data.IMAGE_SUFFIXES}
     rng = random.Random(0)
     groups = []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    try:
+    hint = f"it must be a column of the file, or an image in {folder}/: see --pictures"
+    with common.reading(f"--comvg {path}", hint):
+        rows = list(csv.DictReader(io.StringIO(common.read_text(path))))
+        if not rows:
+            raise ValueError("it has no rows")
         for row in rows:
             order = rng.sample(("pos", "neg"), 2)                      # the right one anywhere
             paths = [images[Path(row[f"{side}_image_id"]).stem] for side in order]
@@ -229,11 +232,8 @@ def read_comvg(path, folder):
                            row["neg_triplet"].split(","))
             changed = [name for name, a, b in triplets if a.strip() != b.strip()]
             kind = changed[0] if changed else "other"
-            groups.append({"pictures": paths, "texts": [row["sentence"]],
+            groups.append({"pictures": paths, "texts": [row["sentence"].strip()],
                            "right": order.index("pos"), "kind": kind})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--comvg {path}: {error} is neither a column of it nor an image in "
-                        f"{folder}/: see --pictures") from None
     return groups
 
 
