@@ -25,8 +25,8 @@ not needed to generate images.
 fc starts at zero, so that y = x. The empty prompt, used for guidance, goes through the adapter too.
 
     python sur_adapter.py --train           # on runs/uvit_fusion: 78 % of narratives right (0.5 %
-                                            # without), 67 % of those with unheard words; its rival,
-                                            # whose LLM rewrites the prompts, has 75 % of either
+                                            # without), 67 % of those with unheard words (13 % with
+                                            # no LLM term); a rival, whose LLM rewrites: 75 % of both
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
 
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md has them all):
