@@ -26,7 +26,7 @@ fc starts at zero, so that y = x. The empty prompt, used for guidance, goes thro
 
     python sur_adapter.py --train           # on runs/uvit_fusion: 78 % of narratives right (0.5 %
                                             # without), 67 % of those with unheard words (13 % with
-                                            # no LLM term); a rival, whose LLM rewrites: 75 % of both
+                                            # no LLM term); the LLM's rewriting: 75 % of both
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
 
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md has them all):
