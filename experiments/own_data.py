@@ -1,6 +1,6 @@
 """Pictures of one's own: emoji by their names, and what a few steps make of photographs.
 
-    python -m experiments.own_data emoji --clip words --steps 1200    # some minutes on two cores
+    python -m experiments.own_data emoji --clip words --steps 1200    # 15 min on one busy core
     python -m experiments.own_data photographs --data path/to/coco    # 150 steps, 1 min
 
 emoji downloads 23 MB from the npm registry: Microsoft's Fluent Emoji as @lobehub/fluent-emoji-3d
@@ -34,7 +34,7 @@ PROMPTS = (
     # trained on, if they fell into that split
     "red heart", "blue circle", "green apple", "yellow square", "evergreen tree", "full moon",
     "cat face", "soccer ball",
-    # not among the names
+    # not among the names, but for the brown circle
     "green heart with arrow", "purple apple", "blue moon", "red tree", "orange book and pen",
     "brown circle", "green car", "blue cat",
 )
