@@ -493,8 +493,9 @@ def read_metrics(path):
     for line in lines:
         with contextlib.suppress(ValueError):
             step, *cells = line.split(",")
-            numbers = [float(step)] + [float(cell) for cell in cells if cell]    # blank: not known
-            if len(numbers) and 1 + len(cells) == len(names):
+            for cell in [step, *filter(None, cells)]:        # a blank cell is not known yet
+                float(cell)
+            if 1 + len(cells) == len(names):
                 rows.append([step, *cells])
     return names, rows
 

@@ -862,8 +862,8 @@ def validate(pipeline, dataset, path):
 
     Captions, images, t and noise are the same at each call, so that losses can be compared.
     """
-    captions = validation_captions(dataset, 16)
-    common.image_grid(pipeline.generate(captions), captions, path, columns=8)
+    prompts = validation_captions(dataset, 16)
+    common.image_grid(pipeline.generate(prompts), prompts, path, columns=8)
     examples = [dataset[i, i] for i in range(min(256, len(dataset)))]
     images, captions, _ = zip(*examples)
     torch.manual_seed(0)

@@ -56,7 +56,7 @@ def download(url):
 def prepare_emoji(folder, registry=REGISTRY):
     """Writes an image and its name for each emoji that has both, if they are not there."""
     folder = Path(folder)
-    if (folder / "done").exists():
+    if (folder / ".done").exists():                  # hidden, so it is no file of the data set
         return folder
     pictures = download(f"{registry}/{PICTURES}")
     names = json.loads(download(f"{registry}/{NAMES}")["en/data.json"])
@@ -67,7 +67,7 @@ def prepare_emoji(folder, registry=REGISTRY):
         if picture:
             (folder / f"{code}.webp").write_bytes(picture)
             (folder / f"{code}.txt").write_text(emoji["label"] + "\n", encoding="utf-8")
-    (folder / "done").touch()
+    (folder / ".done").touch()
     return folder
 
 
