@@ -196,6 +196,54 @@ def merge_lora(model):
     return model.requires_grad_(False)
 
 
+# -------------------------------------------------------------------------------------------- Muon
+def orthogonalise(matrices, coefficients, steps, eps):
+    """Sets the singular values of matrices (n, rows, columns) to about 1: bf16, the same shape.
+
+    The Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X of Muon (Jordan et al. 2024).
+    """
+    a, b, c = coefficients
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x if wide else x.mT.contiguous()                # X X^T is the smaller of the two products
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, but all matrices of one shape are orthogonalised in one product."""
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                self.update(group, shape, parameters)
+
+    def update(self, group, shape, parameters):
+        """One step of the parameters of a shape (rows, columns); group: their settings."""
+        buffers = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers.append(state["momentum_buffer"])
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        directions = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+        updates = orthogonalise(
+            directions, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = shape
+        rate = group["lr"] * max(1, rows / columns)**0.5
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, list(updates.float()), alpha=-rate)
+
+
 # ---------------------------------------------------------------------------- device and precision
 def pick_device(name="auto"):
     if name == "auto":

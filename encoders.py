@@ -152,9 +152,10 @@ class OneHot(nn.Module):
 class TextEncoder:
     """A frozen text model: CLIP's, or another encoder (T5, BERT). `length` is L; `dim` is D.
 
-    path: a folder or name as in `load_pretrained`, or <a run of --clip words>/words.
+    path: a folder or name as in `load_pretrained`, or <a run of --clip words>/words;
+    memory: bytes in which the features of captions are kept, for training, where captions repeat.
     """
-    def __init__(self, path, device="cpu"):
+    def __init__(self, path, device="cpu", memory=0):
         self.device = torch.device(device)
         self.is_clip = False
         if Path(path).name == "words":
@@ -172,10 +173,22 @@ class TextEncoder:
         # as in CLIP: the U-ViT has a position for each token, and captions are short
         self.length = min(77, positions, self.tokenizer.model_max_length)
         self.warned = False
+        self.kept = {}                                  # caption -> (features, token_mask)
+        self.capacity = memory // (4 * self.length * self.dim)
+
+    def __call__(self, captions):
+        """B captions -> features (B, L, D) float32, token_mask (B, L) bool."""
+        new = [text for text in dict.fromkeys(captions) if text not in self.kept]
+        if len(self.kept) + len(new) > self.capacity:
+            return self.encode(captions)
+        if new:
+            self.kept.update(zip(new, zip(*self.encode(new))))
+        features, masks = zip(*(self.kept[text] for text in captions))
+        return torch.stack(features), torch.stack(masks)
 
     @torch.no_grad()
-    def __call__(self, captions):
-        """B captions -> features (B, L, D) float32, token_mask (B, L) bool.
+    def encode(self, captions):
+        """`__call__` without memory.
 
         Padded to L, as the published U-ViT was trained. Padding does not change the features of a
         caption: CLIP attends causally, the others get the mask. Longer captions are cut off.

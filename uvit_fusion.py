@@ -47,6 +47,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import itertools
 import math
 import os
 import time
@@ -731,7 +732,7 @@ def make_optimizers(model, cfg, muon_names=("block",)):
         optimizers = [torch.optim.AdamW(
             rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(
+        optimizers.append(common.Muon(
             matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     return optimizers
 
@@ -794,12 +795,31 @@ def train_words(data, size, folder, keep):
     return str(path)
 
 
+def compile_network(model, device, wanted=None):
+    """torch.compile; None: on a GPU, where launching kernels takes longer than running small ones.
+
+    "reduce-overhead" launches all of them as one CUDA graph. Returns `model` itself if the compiler
+    does not work, which a small layer tells within seconds.
+    """
+    if not wanted and (wanted is False or device.type != "cuda"):
+        return model
+    mode = "default"
+    if device.type == "cuda" and not dist.is_initialized():      # DDP's hooks fit no CUDA graph
+        mode = "reduce-overhead"
+    try:
+        torch.compile(nn.Linear(8, 8).to(device))(torch.zeros(1, 8, device=device))
+        return torch.compile(model, mode=mode)
+    except Exception as error:                                   # compilers fail in many ways
+        print(f"torch.compile does not work here, so it goes on without ({common.say_why(error)})")
+        return model
+
+
 def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     """Trains a U-ViT on the captioned images in `data`; returns a pipeline with its EMA weights.
 
-    args: of `main`, for its resume, overwrite, workers and compile.
+    args: of `main`, for its resume, overwrite, workers, compile and validation_samples.
     """
-    text_encoder = encoders.TextEncoder(cfg.clip, device)
+    text_encoder = encoders.TextEncoder(cfg.clip, device, memory=2**29)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
     vae = autoencoder.load_for(cfg, device)
     torch.manual_seed(cfg.seed)
@@ -813,8 +833,8 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    held_out = image_data.CaptionedImages(data, "val", pipeline.image_size)
-    network = torch.compile(model) if args.compile else model    # shares the weights of model
+    validation = Validation(pipeline, data, folder, cfg.steps, args.validation_samples)
+    network = compile_network(model, device, args.compile)       # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
@@ -844,26 +864,76 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
             optimizer.step()
         decay = min(cfg.ema, step / (step + 10)) if cfg.ema_warmup else cfg.ema
         update_ema(ema, model, decay)
-        validation = None
-        if step % max(1, cfg.steps // 10) == 0 and rank == 0:    # ten times, by the EMA weights
-            grid = Path(folder) / "samples" / f"step_{step}.png"
-            validation = validate(pipeline, held_out, grid)
-        run.log(step, loss=torch.stack(losses).mean(), validation=validation)
+        measured = validation.at(step) if rank == 0 else {}
+        run.log(step, loss=torch.stack(losses).mean(), **measured)
         if step in cfg.snapshot_at and rank == 0:
             common.save_tensors(ema.state_dict(), Path(folder) / f"step{step}.safetensors")
         if run.due(step):
             run.save(step)
+    if rank == 0 and run.start == 0:                             # seen from its first step
+        validation.report_speed()
     return pipeline
 
 
-@torch.no_grad()
-def validate(pipeline, dataset, path):
-    """Draws validation captions into `path`; returns the validation loss, a scalar.
+class Validation:
+    """What a training measures ten times, with the EMA weights, on images of the validation split.
 
-    Captions, images, t and noise are the same at each call, so that losses can be compared.
+    Writes samples/step_<n>.png. On the toy world, which can be graded, `curve` gets (seconds of
+    training so far, % right) of the last `samples` scenes, which no table reports.
     """
-    prompts = validation_captions(dataset, 16)
-    common.image_grid(pipeline.generate(prompts), prompts, path, columns=8)
+    def __init__(self, pipeline, data, folder, steps, samples):
+        self.pipeline = pipeline
+        self.data = data
+        self.folder = Path(folder)
+        self.every = max(1, steps // 10)
+        self.dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
+        self.samples = samples if "scene" in self.dataset.items[0][2] else 0
+        self.curve = [(0.0, 0.0)]
+        self.seconds = 0.0
+        self.begin = time.perf_counter()
+
+    def at(self, step):
+        """The validation loss and the share right, for metrics.csv; None where none is due."""
+        figures = {"validation": None, "right": None} if self.samples else {"validation": None}
+        if step % self.every:
+            return figures
+        common.synchronize(self.pipeline.device)
+        self.seconds += time.perf_counter() - self.begin         # validations do not count
+        prompts = validation_captions(self.dataset, 16)
+        grid = self.folder / "samples" / f"step_{step}.png"
+        common.image_grid(self.pipeline.generate(prompts), prompts, grid, columns=8)
+        figures["validation"] = validation_loss(self.pipeline, self.dataset)
+        if self.samples:
+            first = max(0, len(self.dataset) - self.samples)
+            graded, _ = judge.accuracy(self.pipeline, self.data, self.samples, first)
+            figures["right"] = graded["all"] / 100
+            self.curve.append((self.seconds, graded["all"]))
+        self.begin = time.perf_counter()
+        return figures
+
+    def report_speed(self, right=80):
+        """Prints and writes to results.json how long it took until `right` % were right."""
+        seconds = time_until(self.curve, right)
+        if not math.isnan(seconds):
+            print(f"{seconds:.0f} s of training until {right} % of {self.samples} held-out "
+                  "captions were right")
+            common.write_results(self.folder, {f"seconds_to_{right}": seconds})
+
+
+def time_until(curve, right):
+    """When a curve [(time, % right), ...] first gets to `right` %, interpolated; nan if never."""
+    for (time_below, below), (time_above, above) in itertools.pairwise(curve):
+        if below < right <= above:
+            return time_below + (right - below) / (above - below) * (time_above - time_below)
+    return math.nan
+
+
+@torch.no_grad()
+def validation_loss(pipeline, dataset):
+    """The loss of the first 256 images, a scalar.
+
+    Captions, t and noise are the same at each call, so that losses can be compared.
+    """
     examples = [dataset[i, i] for i in range(min(256, len(dataset)))]
     images, captions, _ = zip(*examples)
     torch.manual_seed(0)
@@ -911,9 +981,11 @@ def add_flags(parser):
     parser.add_argument("--quick", action="store_true", help="the same in small, into runs/quick")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
+    parser.add_argument("--validation-samples", type=common.whole, default=512,
+                        help="others that are graded ten times meanwhile (default %(default)s)")
     parser.add_argument("--workers", type=common.whole, help="processes that read images")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile (needs a C++ compiler on CPUs)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="torch.compile, which needs a C++ compiler (default: on a GPU)")
     common.add_training_flags(parser, "run folder (default runs/uvit_fusion)")
     common.add_config_flags(parser, Config, PRESETS)
 
@@ -931,6 +1003,7 @@ def main():
     if args.quick:
         cfg = dataclasses.replace(cfg, steps=min(cfg.steps, 200), warmup=40, snapshot_at=(0,))
         args.samples = min(args.samples, 256)
+        args.validation_samples = 0
 
     rank, world_size = join_processes(cfg)
     device = common.pick_device(args.device)

@@ -11,7 +11,6 @@ command can be given again, and with more --seeds or other --variants.
 """
 import argparse
 import dataclasses
-import itertools
 import math
 import time
 from pathlib import Path
@@ -99,7 +98,8 @@ def train_variant(cfg, data, folder, args, device, precision):
         return common.read_json(finished)
     print(f"\ninto {folder}/")
     resume = not args.overwrite and (folder / "state.pt").exists()
-    run_args = argparse.Namespace(resume=resume, overwrite=True, workers=None, compile=False)
+    run_args = argparse.Namespace(resume=resume, overwrite=True, workers=None, compile=None,
+                                  validation_samples=0)
     (folder / "curve.json").unlink(missing_ok=True)
     pipeline = uvit_fusion.train(cfg, data, folder, run_args, device, precision)
     figures, table = judge.accuracy(pipeline, data, args.samples, **SAMPLING)
@@ -131,14 +131,6 @@ def mean_curve(runs):
     return np.mean([run["curve"] for run in runs], axis=0).tolist()
 
 
-def steps_until(curve, right=TARGET):
-    """The step at which a curve first gets to `right` %, interpolated; nan if it never does."""
-    for (step, below), (next_step, above) in itertools.pairwise(curve):
-        if below < right <= above:
-            return step + (right - below) / (above - below) * (next_step - step)
-    return math.nan
-
-
 def accuracy_table(results, costs, steps):
     """Prints and returns means over seeds, of {name: [figures of each seed]}."""
     rows = [["", "M parameters", "all right, %", "+-", "unseen", "count", "relation", "seeds"]]
@@ -165,8 +157,8 @@ def time_table(results, costs):
     rows = [["", "steps", "+-", "GFLOPs, forward", "ms a step", "seconds", "+-"]]
     figures = {}
     for name, runs in results.items():
-        steps = steps_until(mean_curve(runs))
-        steps_ci = seed_interval([steps_until(run["curve"]) for run in runs])
+        steps = uvit_fusion.time_until(mean_curve(runs), TARGET)
+        steps_ci = seed_interval([uvit_fusion.time_until(run["curve"], TARGET) for run in runs])
         ms = costs[name]["ms"]
         figures[f"{name}_steps_to_{TARGET}"] = steps
         figures[f"{name}_steps_to_{TARGET}_ci"] = steps_ci
@@ -241,7 +233,7 @@ class StepTimer:
     def __init__(self, cfg, batch_size, device, precision, compiled):
         torch.manual_seed(0)
         self.model = UViT(cfg).to(device)
-        self.network = torch.compile(self.model) if compiled else self.model
+        self.network = uvit_fusion.compile_network(self.model, device, compiled)
         self.optimizers = uvit_fusion.make_optimizers(self.model, cfg)
         self.inputs = random_inputs(cfg, batch_size, device)
         # to generate a whole batch would take a CPU minutes
@@ -484,7 +476,8 @@ def main():
                         help="compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--out", help="compare, cost: folder (default runs/compare, runs/cost)")
     parser.add_argument("--overwrite", action="store_true", help="compare: train all anew")
-    parser.add_argument("--compile", action="store_true", help="cost: with torch.compile")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="cost: torch.compile (default: on a GPU)")
     common.add_device_flags(parser)
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()

@@ -109,7 +109,8 @@ def train(args, folder, device, precision):
     if cfg.clip == "words":
         cfg.clip = uvit_fusion.train_words(cfg.data, cfg.size, folder, keep=args.resume)
     run_args = argparse.Namespace(
-        resume=args.resume, overwrite=args.overwrite, workers=None, compile=False)
+        resume=args.resume, overwrite=args.overwrite, workers=None, compile=None,
+        validation_samples=0)
     return uvit_fusion.train(cfg, cfg.data, folder, run_args, device, precision), folder
 
 

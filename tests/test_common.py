@@ -403,6 +403,18 @@ def test_a_text_encoder_gives_features_and_a_mask_that_no_other_caption_changes(
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
 
 
+def test_features_of_captions_are_kept_while_there_is_memory(clip_folder, monkeypatch):
+    plain = encoders.TextEncoder(clip_folder)
+    encoder = encoders.TextEncoder(clip_folder, memory=3 * 4 * plain.length * plain.dim + 1)
+    encoded = []
+    monkeypatch.setattr(encoder, "encode",
+                        lambda captions: encoded.append(captions) or plain.encode(captions))
+    for captions in (["a", "man", "a"], ["man"], ["a", "", "man"], ["red", "a"], ["", "a"]):
+        for found, expected in zip(encoder(captions), plain(captions)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert encoded == [["a", "man"], [""], ["red", "a"]]         # the fourth caption had no room
+
+
 TEXTS = ["two red circles above a blue square", "", "a man on a horse", "三个 circles и 🟢"]
 SIZES = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=2, max_position_embeddings=64)
@@ -637,6 +649,29 @@ def test_lora_begins_as_nothing_and_merges_into_the_weights():
         common.add_lora(torch.nn.ModuleDict({"qkv": torch.nn.Linear(12, 20)}), rank=13)
     merged = common.merge_lora(model).state_dict()
     torch.testing.assert_close(merged, before | {"qkv.weight": expected})
+
+
+# ------------------------------------------------------------------------------------------- Muon
+def test_muon_in_batches_is_muon():
+    """Also for a matrix without a gradient, and after its state has been saved and loaded."""
+    torch.manual_seed(0)
+    shapes = [(12, 4), (4, 12), (12, 4), (4, 4), (12, 4)]
+    models = [torch.nn.ParameterList(torch.ones(shape) for shape in shapes) for _ in range(2)]
+    optimizers = [kind(model, lr=0.1, weight_decay=0.2)
+                  for kind, model in zip((torch.optim.Muon, common.Muon), models)]
+    for step in range(6):
+        if step == 3:
+            own = common.Muon(models[1], lr=0.1, weight_decay=0.2)
+            own.load_state_dict(optimizers[1].state_dict())
+            optimizers[1] = own
+        gradients = [torch.randn(shape) for shape in shapes[:-1]]
+        for model, optimizer in zip(models, optimizers):
+            for parameter, gradient in zip(model, gradients):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    for expected, found in zip(*models):                  # bf16 inside, in products of two shapes
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert (models[1][0] - 1).abs().max() > 0.3 and torch.equal(models[1][4], torch.ones(12, 4))
 
 
 # ------------------------------------------------------------------------------------------ files

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY, refused, run, save_run, tiny_cfg, tiny_pipeline
 from safetensors.torch import load_file
 
+import common
 import image_data
 import uvit_fusion
 from common import UserError
@@ -494,7 +495,8 @@ PLAIN = dict(optimizer="adamw", steps=3, lr=0.01, decay=0.5, ema=0.5, ema_warmup
 
 
 def train(cfg, data, folder, rank=0, world_size=1):
-    args = argparse.Namespace(resume=False, overwrite=False, workers=0, compile=False)
+    args = argparse.Namespace(resume=False, overwrite=False, workers=0, compile=None,
+                              validation_samples=0)
     return uvit_fusion.train(cfg, data, folder, args, CPU, torch.float32, rank, world_size)
 
 
@@ -634,18 +636,54 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_the_validation_loss_is_of_the_same_images_and_noise_each_time(
-        tmp_path, coco, clip_folder):
+def test_the_validation_loss_is_of_the_same_images_and_noise_each_time(coco, clip_folder):
     pipeline = tiny_pipeline(clip_folder)
     dataset = image_data.CaptionedImages(coco, "val", pipeline.image_size)
-    losses = [uvit_fusion.validate(pipeline, dataset, tmp_path / f"{n}.png") for n in (1, 2)]
+    losses = [uvit_fusion.validation_loss(pipeline, dataset) for _ in range(2)]
     assert losses[0] == losses[1]
-    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
     for parameter in pipeline.model.parameters():
         parameter.zero_()                                 # then it predicts 0 for the target x_0
     images = torch.stack([dataset[i, i][0] for i in range(len(dataset))])
     expected = pipeline.encode(images).square().mean().item()
-    assert uvit_fusion.validate(pipeline, dataset, tmp_path / "3.png") == pytest.approx(expected)
+    assert uvit_fusion.validation_loss(pipeline, dataset) == pytest.approx(expected)
+
+
+def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_world(
+        tmp_path, toy_data, clip_folder, monkeypatch):
+    graded = []
+
+    def accuracy(pipeline, data, samples, first):
+        graded.append((samples, first))
+        return {"all": 40.0 * len(graded)}, None
+    monkeypatch.setattr(uvit_fusion.judge, "accuracy", accuracy)
+    clock = iter(range(0, 1000, 30))                      # read once before and once behind each
+    monkeypatch.setattr(uvit_fusion.time, "perf_counter", lambda: next(clock))
+    pipeline = tiny_pipeline(clip_folder)
+    validation = uvit_fusion.Validation(pipeline, toy_data, tmp_path, steps=45, samples=3)
+    found = {step: validation.at(step) for step in range(1, 13)}
+    assert [step for step, figures in found.items() if figures["validation"]] == [4, 8, 12]
+    assert found[3] == {"validation": None, "right": None}
+    assert found[8]["right"] == 0.8
+    assert graded == [(3, len(validation.dataset) - 3)] * 3
+    assert validation.curve == [(0, 0), (30, 40), (60, 80), (90, 120)]    # without validations
+    validation.report_speed(60)
+    validation.report_speed(121)                          # never reached: no figure
+    results = common.read_json(tmp_path / "results.json")
+    assert results["seconds_to_60"] == 45 and "seconds_to_121" not in results
+    assert (tmp_path / "samples" / "step_8.png").exists()
+
+
+def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
+    model = torch.nn.Linear(2, 2)
+    assert uvit_fusion.compile_network(model, CPU) is model        # on a CPU if asked for only
+
+    def broken(module, **options):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert uvit_fusion.compile_network(model, CPU, True) is model
+    assert "goes on without (no C++ compiler)" in capsys.readouterr().out
+    monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: options)
+    assert uvit_fusion.compile_network(model, CPU, True)(0) == {"mode": "default"}
 
 
 @pytest.mark.parametrize("flags", [

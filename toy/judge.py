@@ -175,18 +175,19 @@ ROWS = {
 }
 
 
-def validation_scenes(data, samples):
-    """The first `samples` validation scenes, one caption of each, and which have a held-out triple.
+def validation_scenes(data, samples, first=0):
+    """`samples` validation scenes from the `first` on, a caption of each, and which are unseen.
 
     Returns (scenes, captions, unseen: bool array), the same for every run. Raises UserError for
     data without scenes.
     """
-    items = image_data.CaptionedImages(data, "val", size=24).items[:samples]     # reads no image
+    dataset = image_data.CaptionedImages(data, "val", size=24)       # reads no image
+    items = dataset.items[first:first + samples]
     if "scene" not in items[0][2]:
         raise UserError(f"--data {data}: its annotations hold no scenes, so there is nothing to "
                         "grade exactly: eval.py --quality measures any data")
     scenes = [Scene.from_json(image["scene"]) for _, _, image in items]
-    captions = [random.Random(i).choice(texts) for i, (_, texts, _) in enumerate(items)]
+    captions = [random.Random(i).choice(texts) for i, (_, texts, _) in enumerate(items, first)]
     return scenes, captions, np.array([scene.unseen for scene in scenes])
 
 
@@ -206,14 +207,16 @@ def grade_images(images, scenes, unseen):
     return {name: table[name] for name in ROWS}
 
 
-def accuracy(pipeline, data, samples=2048, **sampling):
+def accuracy(pipeline, data, samples=2048, first=0, **sampling):
     """Generates images for held-out captions and grades them; sampling: for `pipeline.generate`.
+
+    samples, first: how many validation scenes, from which one on.
 
     Returns (figures, table): figures has each of ROWS in %, "all_ci" (the 95 % interval of "all")
     and the number of "samples"; table is that of `grade_images`.
     """
-    scenes, captions, unseen = validation_scenes(data, samples)
-    images = pipeline.generate(captions, progress=True, **sampling)
+    scenes, captions, unseen = validation_scenes(data, samples, first)
+    images = pipeline.generate(captions, first=first, progress=True, **sampling)
     table = grade_images(images, scenes, unseen)
     figures = {name: 100 * float(np.nanmean(verdicts)) for name, verdicts in table.items()}
     figures |= common.percent("all", table["all"])

@@ -107,7 +107,7 @@ def muon_and_adamw(model, *layers, rate=1.0):
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
     in_muon = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in in_muon]
-    return [torch.optim.Muon(matrices, lr=0.02 * rate, weight_decay=0.1),
+    return [common.Muon(matrices, lr=0.02 * rate, weight_decay=0.1),
             torch.optim.AdamW(rest, lr=3e-3 * rate, betas=(0.9, 0.98), fused=True)]
 
 
