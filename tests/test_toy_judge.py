@@ -172,10 +172,12 @@ def oracle(data, shift=0):
     """A pipeline that draws the validation scenes, or those `shift` places further on."""
     scenes, captions, _ = judge.validation_scenes(data, 64)
 
-    def generate(prompts, **sampling):
-        assert prompts == captions[:len(prompts)] and sampling == {"progress": True, "steps": 3}
+    def generate(prompts, first, **sampling):
+        places = range(first, first + len(prompts))
+        assert prompts == [captions[i] for i in places]
+        assert sampling == {"progress": True, "steps": 3}
         rng = random.Random(0)
-        order = [scenes[(i + shift) % 64] for i in range(len(prompts))]
+        order = [scenes[(i + shift) % 64] for i in places]
         return np.stack([shapes.render(shapes.layout(scene, rng), 24, rng) for scene in order])
     return SimpleNamespace(generate=generate)
 
@@ -187,6 +189,8 @@ def test_a_pipeline_that_draws_the_scenes_is_right_in_all(toy_data, capsys):
     judge.print_accuracy(figures, table, "oracle")
     printed = capsys.readouterr().out
     assert "oracle" in printed and printed.count("100.0") == len(ROWS)
+    figures, table = judge.accuracy(oracle(toy_data), toy_data, 9, first=50, steps=3)
+    assert figures["all"] == 100 and len(table["all"]) == figures["samples"] == 9
     figures, _ = judge.accuracy(oracle(toy_data, shift=1), toy_data, 64, steps=3)
     assert figures["all"] < 10 and figures["all_ci"] < 10
 
