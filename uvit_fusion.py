@@ -833,7 +833,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    validation = Validation(pipeline, data, folder, cfg.steps, args.validation_samples)
+    validation = Validation(pipeline, data, folder, args.validation_samples)
     network = compile_network(model, device, args.compile)       # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
@@ -881,15 +881,15 @@ class Validation:
     Writes samples/step_<n>.png. On the toy world, which can be graded, `curve` gets (seconds of
     training so far, % right) of the last `samples` scenes, which no table reports.
     """
-    def __init__(self, pipeline, data, folder, steps, samples):
+    def __init__(self, pipeline, data, folder, samples):
         self.pipeline = pipeline
         self.data = data
         self.folder = Path(folder)
-        self.every = max(1, steps // 10)
+        self.every = max(1, pipeline.cfg.steps // 10)
         self.dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
         self.samples = samples if "scene" in self.dataset.items[0][2] else 0
         self.curve = [(0.0, 0.0)]
-        self.seconds = 0.0
+        self.laps = []                                           # seconds between validations
         self.begin = time.perf_counter()
 
     def at(self, step):
@@ -898,7 +898,7 @@ class Validation:
         if step % self.every:
             return figures
         common.synchronize(self.pipeline.device)
-        self.seconds += time.perf_counter() - self.begin         # validations do not count
+        self.laps.append(time.perf_counter() - self.begin)       # validations do not count
         prompts = validation_captions(self.dataset, 16)
         grid = self.folder / "samples" / f"step_{step}.png"
         common.image_grid(self.pipeline.generate(prompts), prompts, grid, columns=8)
@@ -907,17 +907,23 @@ class Validation:
             first = max(0, len(self.dataset) - self.samples)
             graded, _ = judge.accuracy(self.pipeline, self.data, self.samples, first)
             figures["right"] = graded["all"] / 100
-            self.curve.append((self.seconds, graded["all"]))
+            self.curve.append((sum(self.laps), graded["all"]))
         self.begin = time.perf_counter()
         return figures
 
     def report_speed(self, right=80):
-        """Prints and writes to results.json how long it took until `right` % were right."""
+        """Prints and writes to results.json the ms a step, and when `right` % were right."""
+        # without the first lap, in which images are decoded and a network is compiled
+        ms = 1e3 * sum(self.laps[1:]) / max(1, len(self.laps) - 1) / self.every
+        images = 1e3 * self.pipeline.cfg.batch_size / ms if ms else math.nan
+        figures = {"step_ms": ms}
+        print(f"{ms:.1f} ms a step, {images:.0f} images a second")
         seconds = time_until(self.curve, right)
         if not math.isnan(seconds):
+            figures[f"seconds_to_{right}"] = seconds
             print(f"{seconds:.0f} s of training until {right} % of {self.samples} held-out "
                   "captions were right")
-            common.write_results(self.folder, {f"seconds_to_{right}": seconds})
+        common.write_results(self.folder, figures)
 
 
 def time_until(curve, right):

@@ -301,19 +301,34 @@ SWEEP = {                                                                 # at t
 
 
 def cost(args, device, precision):
-    """Two tables: at the size of the toy world, and at the paper's, over v and c."""
+    """Two tables, at the size of the toy world and at the paper's, and a step of its training.
+
+    Figures of a GPU have "gpu" before the unit that their name ends with.
+    """
     on_gpu = device.type == "cuda"
     small = {name: VARIANTS[name] for name in ("early", "intermediate")}
     small_figures = cost_table("toy", small, Config().batch_size, 40, args, device, precision)
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
-    paper_figures = cost_table("coco", SWEEP, batch_size, 8, args, device, precision)
-    gpu = "gpu_" if on_gpu else ""
-    figures = {f"{gpu}toy_{name}": value for name, value in small_figures.items()}
-    figures |= {f"{gpu}{name}": value for name, value in paper_figures.items()}
+    figures = cost_table("coco", SWEEP, batch_size, 8, args, device, precision)
+    figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
+    figures |= {f"toy_{name}": value for name, value in small_figures.items()}
+    folder = Path(args.out or "runs/cost")
+    figures["toy_step_ms"] = training_step_ms(folder / "training", args, device, precision)
     if on_gpu:
-        figures["gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
-    common.write_results(args.out or "runs/cost", figures)
+        figures["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        figures = {"_gpu_".join(name.rsplit("_", 1)): value for name, value in figures.items()}
+    common.write_results(folder, figures)
+
+
+def training_step_ms(folder, args, device, precision, steps=200):
+    """ms a step of `uvit_fusion.train` on the toy world: images, text and averages included."""
+    cfg = Config(steps=steps, snapshot_at=())
+    data = toy.prepare(cfg.data, cfg.clip)
+    run_args = argparse.Namespace(resume=False, overwrite=True, workers=None,
+                                  compile=args.compile, validation_samples=0)
+    uvit_fusion.train(cfg, data, folder, run_args, device, precision)      # which prints it too
+    return common.read_json(folder / "results.json")["step_ms"]
 
 
 def cost_table(preset, changes, batch_size, rounds, args, device, precision):

@@ -656,21 +656,24 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
         graded.append((samples, first))
         return {"all": 40.0 * len(graded)}, None
     monkeypatch.setattr(uvit_fusion.judge, "accuracy", accuracy)
-    clock = iter(range(0, 1000, 30))                      # read once before and once behind each
+    # read once before and once behind each; images are decoded in the first lap, of 50 s
+    clock = iter([-20, *range(30, 1000, 30)])
     monkeypatch.setattr(uvit_fusion.time, "perf_counter", lambda: next(clock))
-    pipeline = tiny_pipeline(clip_folder)
-    validation = uvit_fusion.Validation(pipeline, toy_data, tmp_path, steps=45, samples=3)
+    pipeline = tiny_pipeline(clip_folder, steps=39)
+    validation = uvit_fusion.Validation(pipeline, toy_data, tmp_path, samples=3)
     found = {step: validation.at(step) for step in range(1, 13)}
-    assert [step for step, figures in found.items() if figures["validation"]] == [4, 8, 12]
-    assert found[3] == {"validation": None, "right": None}
-    assert found[8]["right"] == 0.8
-    assert graded == [(3, len(validation.dataset) - 3)] * 3
-    assert validation.curve == [(0, 0), (30, 40), (60, 80), (90, 120)]    # without validations
+    assert [step for step, figures in found.items() if figures["validation"]] == [3, 6, 9, 12]
+    assert found[2] == {"validation": None, "right": None}
+    assert found[6]["right"] == 0.8
+    assert graded == [(3, len(validation.dataset) - 3)] * 4
+    # without the time that validations took
+    assert validation.curve == [(0, 0), (50, 40), (80, 80), (110, 120), (140, 160)]
     validation.report_speed(60)
-    validation.report_speed(121)                          # never reached: no figure
+    validation.report_speed(161)                          # never reached: no figure
     results = common.read_json(tmp_path / "results.json")
-    assert results["seconds_to_60"] == 45 and "seconds_to_121" not in results
-    assert (tmp_path / "samples" / "step_8.png").exists()
+    assert results["seconds_to_60"] == 65 and "seconds_to_161" not in results
+    assert results["step_ms"] == pytest.approx(1e3 * 30 / 3)              # three steps a lap
+    assert (tmp_path / "samples" / "step_6.png").exists()
 
 
 def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
