@@ -477,13 +477,33 @@ def add_device_flags(parser):
                              "along: its authors' code, which may do whatever you may do here")
 
 
-def add_training_flags(parser, out_help):
+def add_training_flags(parser, out_help, quick=None):
+    """quick: see `parse_args`."""
     parser.add_argument("--out", help=out_help)
+    if quick:
+        parser.add_argument("--quick", action="store_true",
+                            help=f"the same in small, within a minute or two, into {quick['out']}")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, where it stopped")
     parser.add_argument("--overwrite", action="store_true",
                         help="start anew in a folder that holds a run")
     add_device_flags(parser)
+
+
+def parse_args(parser, quick):
+    """The arguments; with --quick what the dict `quick` names has other defaults: {name: value}."""
+    args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(**quick)
+        args = parser.parse_args()                      # what was given stays as it was given
+    return args
+
+
+def refuse_flags(parser, args, names, reason):
+    """A flag that plays no part in what is to be done is refused, not ignored."""
+    for name in names:
+        if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
 
 
 # -------------------------------------------------------------------------------------- run folder
@@ -799,6 +819,11 @@ def save_image(image, path):
 
 def image_grid(images, texts, path, columns=None, titles=(), font=None):
     """Writes N images, uint8 (H, H, 3), as a grid: a text below each, a title left of each row."""
+    save_image(draw_grid(images, texts, columns, titles, font), path)
+
+
+def draw_grid(images, texts, columns=None, titles=(), font=None):
+    """The grid of `image_grid` as a PIL image."""
     font = font or load_font()
     columns = min(columns or max(4, math.ceil(len(images)**0.5)), len(images))
     side = max(96, len(images[0]))
@@ -826,7 +851,7 @@ def image_grid(images, texts, path, columns=None, titles=(), font=None):
             draw.multiline_text((x, side + 1), "\n".join(texts[i]), "black", font, spacing=2)
         rows.append(np.asarray(row))
     sheet = np.pad(np.concatenate(rows), ((gap, 0), (0, 0), (0, 0)), constant_values=255)
-    save_image(Image.fromarray(sheet), path)
+    return Image.fromarray(sheet)
 
 
 CURVE_COLOURS = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
