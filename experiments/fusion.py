@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import encoders
 import sample
 import toy
 import uvit_fusion
@@ -314,11 +315,55 @@ def cost(args, device, precision):
     figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
     figures |= {f"toy_{name}": value for name, value in small_figures.items()}
     folder = Path(args.out or "runs/cost")
+    figures |= single_changes(device, precision)
     figures["toy_step_ms"] = training_step_ms(folder / "training", args, device, precision)
     if on_gpu:
         figures["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
         figures = {"_gpu_".join(name.rsplit("_", 1)): value for name, value in figures.items()}
     common.write_results(folder, figures)
+
+
+def median_ms(call, device, rounds=20):
+    """Median ms of call(), without the first two."""
+    seconds = []
+    for _ in range(2 + rounds):
+        begin = time.perf_counter()
+        call()
+        common.synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return 1e3 * float(np.median(seconds[2:]))
+
+
+def single_changes(device, precision):
+    """What makes a step of the toy training fast, each measured without and with it, in ms."""
+    cfg = Config()
+    torch.manual_seed(0)
+    model = UViT(cfg).to(device)
+    matrices = [p for name, p in model.named_parameters() if "block" in name and p.ndim == 2]
+    for parameter in matrices:
+        parameter.grad = torch.randn_like(parameter)
+    data = toy.prepare(cfg.data, cfg.clip)
+    _, captions, _ = judge.validation_scenes(data, cfg.batch_size)
+    text_encoder = encoders.TextEncoder(cfg.clip, device, memory=2**29)
+    q = torch.randn(cfg.batch_size, cfg.heads, 57, cfg.dim // cfg.heads, device=device,
+                    dtype=precision, requires_grad=True)
+    pairs = {
+        "muon": ("Muon: matrices of a shape in one product",
+                 torch.optim.Muon(matrices).step, common.Muon(matrices).step),
+        "text": ("features of captions are kept",
+                 lambda: text_encoder.encode(captions), lambda: text_encoder(captions)),
+        "attention": ("attention by the faster kernel, forward and backward",
+                      lambda: F.scaled_dot_product_attention(q, q, q).sum().backward(),
+                      lambda: uvit_fusion.attention(q, q, q).sum().backward()),
+    }
+    rows = [["ms", "without", "with"]]
+    figures = {}
+    for name, (title, without, change) in pairs.items():
+        figures[f"{name}_without_ms"] = median_ms(without, device)
+        figures[f"{name}_ms"] = median_ms(change, device)
+        rows.append([title, figures[f"{name}_without_ms"], figures[f"{name}_ms"]])
+    common.print_table(rows, f"one change at a time, {common.machine()}")
+    return figures
 
 
 def training_step_ms(folder, args, device, precision, steps=200):
