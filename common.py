@@ -430,8 +430,11 @@ def build_config(config_class, values, source="--"):
 
 def make_config(config_class, presets, args):
     """The settings of args.preset, with the flags that were given on top."""
-    own_data = getattr(args, "data", "shapes") != "shapes"
-    preset = args.preset or ("pictures" if own_data and "pictures" in presets else "toy")
+    preset = args.preset or "toy"
+    if not args.preset and getattr(args, "data", "shapes") != "shapes":
+        preset = "pictures" if "pictures" in presets else "toy"
+    elif not args.preset and getattr(args, "quick", False):
+        preset = "quick" if "quick" in presets else "toy"
     names = {field.name for field in dataclasses.fields(config_class)}
     given = {name: value for name, value in vars(args).items() if name in names}
     return build_config(config_class, presets[preset] | given)

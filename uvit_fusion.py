@@ -155,6 +155,8 @@ class Config:
 
 PRESETS = {
     "toy": {},
+    # --quick: a patch for each cell of the scenes' grid, one group a scene
+    "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, clip="words"),
     # Pixels of your own. Where there is little noise the network must copy what it sees. Until it
     # has learned that, sampling drifts to black or white: so it sees little noise more often.
     "pictures": dict(size=32, time_power=1.0, steps=20_000, decay=0.2, snapshot_at=(0,),
@@ -171,6 +173,9 @@ PRESETS = {
         data="coco", clip="openai/clip-vit-large-patch14",
     ),
 }
+# --quick, also with data of one's own: other defaults of flags
+QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=700, warmup=70,
+             snapshot_at=(0,))
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -984,7 +989,6 @@ def report(pipeline, data, folder, samples, begin):
 def add_flags(parser):
     parser.add_argument("--train", action="store_true",
                         help="train, generate validation images and, on the toy world, grade them")
-    parser.add_argument("--quick", action="store_true", help="the same in small, into runs/quick")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
     parser.add_argument("--validation-samples", type=common.whole, default=512,
@@ -992,7 +996,7 @@ def add_flags(parser):
     parser.add_argument("--workers", type=common.whole, help="processes that read images")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile, which needs a C++ compiler (default: on a GPU)")
-    common.add_training_flags(parser, "run folder (default runs/uvit_fusion)")
+    common.add_training_flags(parser, "run folder (default runs/uvit_fusion)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
 
 
@@ -1000,17 +1004,12 @@ def main():
     begin = time.time()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
-    args = parser.parse_args()
+    args = common.parse_args(parser, QUICK)
     if not args.train:
         parser.print_help()
         return
     cfg = common.make_config(Config, PRESETS, args)
-    folder = args.out or ("runs/quick" if args.quick else "runs/uvit_fusion")
-    if args.quick:
-        cfg = dataclasses.replace(cfg, steps=min(cfg.steps, 200), warmup=40, snapshot_at=(0,))
-        args.samples = min(args.samples, 256)
-        args.validation_samples = 0
-
+    folder = args.out or "runs/uvit_fusion"
     rank, world_size = join_processes(cfg)
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
@@ -1019,7 +1018,7 @@ def main():
         print(f"{cfg.steps} steps of {cfg.batch_size} images on {device} x {world_size} "
               f"in {str(precision).removeprefix('torch.')}, into {folder}/")
     size = cfg.size * (8 if cfg.autoencoder else 1)              # 8 x 8 pixels make a latent
-    if cfg.data != "shapes":
+    if cfg.data not in toy.WORLDS:
         image_data.CaptionedImages(cfg.data, "val", size)      # bad data stop here, not days later
     with rank_0_first(rank, world_size):
         data = toy.prepare(cfg.data, cfg.clip, size)

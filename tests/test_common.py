@@ -745,6 +745,12 @@ def test_the_comment_behind_a_setting_is_the_help_of_its_flag(capsys, tmp_path):
     assert common.make_config(Config, PRESETS, own_data) == Config()
     presets = PRESETS | {"pictures": {"width": 16}}  # taken by itself for data of one's own
     assert common.make_config(Config, presets, own_data) == Config(width=16)
+    presets["quick"] = {"width": 8}                      # with --quick, for the toy world
+    quick = argparse.Namespace(preset=None, quick=True)
+    assert common.make_config(Config, presets, quick) == Config(width=8)
+    assert common.make_config(Config, PRESETS, quick) == Config()
+    quick.data = "photographs"
+    assert common.make_config(Config, presets, quick) == Config(width=16)
     with pytest.raises(SystemExit):
         parser.parse_args(["--kind", "c"])
     assert "invalid choice: 'c'" in capsys.readouterr().err

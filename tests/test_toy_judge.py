@@ -206,6 +206,14 @@ def test_figures_count_only_scenes_to_which_they_apply(toy_data):
     assert np.nansum(list(table.values())) == 0
 
 
+def test_a_world_of_one_group_has_no_figure_for_relations(tmp_path, capsys):
+    data = shapes.build(tmp_path / "simple", 15, train=2, val=64, simple=True)
+    figures, table = judge.accuracy(oracle(data), data, 64, steps=3)
+    assert "relation" not in figures and figures["all"] == figures["count"] == 100
+    judge.print_accuracy(figures, table, "oracle")
+    assert "relation" not in capsys.readouterr().out
+
+
 def test_data_without_scenes_cannot_be_graded(coco):
     with pytest.raises(UserError, match="no scenes"):
         judge.validation_scenes(coco, 4)

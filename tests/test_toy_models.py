@@ -155,16 +155,18 @@ def test_the_quality_scorer_is_a_line_through_clips_features(trained, tmp_path, 
      "clip build_parallel build_narratives build_quality scorer"),
     ("shapes", "runs/toy/clip", {"llm": "runs/toy/llm_instructed"},
      "clip llm instructed_llm build_parallel build_narratives build_quality scorer"),
+    ("simple", "words", {}, ""),
     ("coco", "runs/toy/clip", {"captioner": "runs/toy/captioner"}, "clip captioner"),
 ])
 def test_only_what_is_named_is_built(monkeypatch, capsys, data, clip, others, expected):
     built = []
-    monkeypatch.setattr(shapes, "build", lambda *_: "data/shapes")
+    monkeypatch.setattr(shapes, "build", lambda folder="data/shapes", *_, **more: folder)
     for module, names in ((language, ("build_parallel", "build_narratives")),
                           (shapes, ("build_quality",)),
                           (models, (*STEPS, "instructed_llm", "scorer"))):
         for name in names:
             monkeypatch.setattr(module, name, lambda *_, name=name: built.append(name))
-    assert toy.prepare(data, clip, **others) == ("data/shapes" if data == "shapes" else data)
+    folder = {"shapes": "data/shapes", "simple": "data/simple24"}.get(data, data)
+    assert toy.prepare(data, clip, **others) == folder
     assert built == expected.split()
     assert ("coloured shapes only" in capsys.readouterr().out) == (data == "coco")

@@ -35,6 +35,8 @@ def test_random_scenes_are_as_promised(unseen):
         assert (scene.relation in RELATIONS) == (len(counts) == 2)
         assert any(map(shapes.held_out, scene.groups)) == scene.unseen == unseen
     assert 0.6 < np.mean([len(scene.groups) == 2 for scene in scenes]) < 0.8
+    simple = [shapes.random_scene(rng, unseen, simple=True) for _ in range(300)]
+    assert all(len(scene.groups) == 1 and scene.unseen == unseen for scene in simple)
 
 
 @pytest.mark.parametrize("field", FIELDS)

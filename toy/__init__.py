@@ -3,18 +3,23 @@ from pathlib import Path
 
 from toy import language, models, shapes
 
+WORLDS = ("shapes", "simple")            # names for --data; all others are folders
+
 
 def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
     """Builds what the toy world lacks for these settings; returns the folder of the data.
 
-    data: "shapes", or the folder of other data, which is returned as it is; size: pixels of the
-    images; clip, llm, captioner, segmenter: folders of models. The toy world's own models, which
-    read 24 x 24 pixels, are trained if they are named here. With an LLM the toy world also gets
-    parallel sentences, narratives, and images of differing quality with a scorer for them.
+    data: "shapes"; "simple", fewer scenes, of one group; or the folder of other data, which is
+    returned as it is. size: pixels of the images. clip, llm, captioner, segmenter: folders of
+    models. The toy world's own models, which read 24 x 24 pixels, are trained if they are named
+    here. With an LLM the toy world also gets parallel sentences, narratives, and images of
+    differing quality with a scorer for them.
     """
-    is_toy = data == "shapes"
+    is_toy = data in WORLDS
     folder = data
-    if is_toy:
+    if data == "simple":
+        folder = shapes.build(f"data/simple{size}", size, train=6_000, val=1_024, simple=True)
+    elif is_toy:
         folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size)
     if Path(clip) == models.CLIP_FOLDER:
         if not is_toy:

@@ -218,7 +218,8 @@ def accuracy(pipeline, data, samples=2048, first=0, **sampling):
     scenes, captions, unseen = validation_scenes(data, samples, first)
     images = pipeline.generate(captions, first=first, progress=True, **sampling)
     table = grade_images(images, scenes, unseen)
-    figures = {name: 100 * float(np.nanmean(verdicts)) for name, verdicts in table.items()}
+    figures = {name: 100 * float(np.nanmean(verdicts)) for name, verdicts in table.items()
+               if not np.isnan(verdicts).all()}                  # such as relations of one group
     figures |= common.percent("all", table["all"])
     figures["samples"] = len(scenes)
     return figures, table
@@ -228,5 +229,6 @@ def print_accuracy(figures, table, title):
     """Prints what `accuracy` returns, each figure with its 95 % interval."""
     rows = [["held-out captions", "right, %", "+-"]]
     for name, label in ROWS.items():
-        rows.append([label, figures[name], 100 * common.ci95(table[name])])
+        if name in figures:
+            rows.append([label, figures[name], 100 * common.ci95(table[name])])
     common.print_table(rows, title)

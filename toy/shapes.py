@@ -87,15 +87,15 @@ def is_possible(scene):
     return len(kinds) == len(scene.groups) and sum(group.count for group in scene.groups) <= 5
 
 
-def random_scene(rng, unseen=False):
-    """A scene: 1 to 4 objects and, in 70 % of the scenes, 1 or 2 others.
+def random_scene(rng, unseen=False, simple=False):
+    """A scene: 1 to 4 objects and, in 70 % of the scenes but never if `simple`, 1 or 2 others.
 
     unseen: False for scenes without any held-out triple, True for scenes with at least one.
     """
     while True:
         first = Group(rng.randint(1, 4), rng.choice(list(COLOURS)), rng.choice(SHAPES))
         second = Group(rng.randint(1, 2), rng.choice(list(COLOURS)), rng.choice(SHAPES))
-        if rng.random() < 0.7:
+        if rng.random() < 0.7 and not simple:
             scene = Scene((first, second), rng.choice(RELATIONS))
         else:
             scene = Scene((first,))
@@ -357,19 +357,20 @@ def atomic_folder(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def build(folder="data/shapes", size=24, train=20_000, val=4_096, seed=0):
-    """Writes the whole data set, if it is not there, and returns its folder.
+def build(folder="data/shapes", size=24, train=20_000, val=4_096, seed=0, simple=False):
+    """Writes the whole data set, if it is not there, and returns its folder; simple: of one group.
 
     Every second validation scene has a held-out triple, the others have none.
     """
     folder = Path(folder)
     if (folder / "annotations" / "instances_val2017.json").exists():
         return folder
-    print(f"drawing {train + val:,} captioned scenes of {size} x {size} px into {folder}/ (20 s)")
+    print(f"drawing {train + val:,} captioned scenes of {size} x {size} px into {folder}/")
     rng = random.Random(seed)
     with atomic_folder(folder) as unfinished:
-        write_split(unfinished, "train", [random_scene(rng) for _ in range(train)], size, rng)
-        scenes = [random_scene(rng, unseen=i % 2 == 1) for i in range(val)]
+        scenes = [random_scene(rng, False, simple) for _ in range(train)]
+        write_split(unfinished, "train", scenes, size, rng)
+        scenes = [random_scene(rng, i % 2 == 1, simple) for i in range(val)]
         write_split(unfinished, "val", scenes, size, rng)
     return folder
 
