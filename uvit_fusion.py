@@ -26,7 +26,7 @@ Shapes: images x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text fe
 (B, L, text_dim); token mask (B, L), True on real tokens; t (B,) in 1..T.
 
     python uvit_fusion.py --train             # toy world, two CPU cores: 13 to 19 min, 88 % right
-    python uvit_fusion.py --train --quick     # a first picture within two minutes
+    python uvit_fusion.py --train --quick     # simple scenes: half right within two minutes
     python uvit_fusion.py --train --data path/to/coco --clip openai/clip-vit-large-patch14 --size 64
     torchrun --nproc_per_node 4 uvit_fusion.py --train --preset coco --data path/to/coco \
         --autoencoder autoencoder_kl.pth --out runs/coco256
@@ -806,7 +806,9 @@ def compile_network(model, device, wanted=None):
     "reduce-overhead" launches all of them as one CUDA graph. Returns `model` itself if the compiler
     does not work, which a small layer tells within seconds.
     """
-    if not wanted and (wanted is False or device.type != "cuda"):
+    if wanted is None:
+        wanted = device.type == "cuda"
+    if not wanted:
         return model
     mode = "default"
     if device.type == "cuda" and not dist.is_initialized():      # DDP's hooks fit no CUDA graph
