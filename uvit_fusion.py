@@ -174,7 +174,7 @@ PRESETS = {
     ),
 }
 # --quick, also with data of one's own: other defaults of flags
-QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=700, warmup=70,
+QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=800, warmup=80,
              snapshot_at=(0,))
 
 
