@@ -436,12 +436,16 @@ class Diffusion:
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2)**2
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)         # abar_T stays above 0
         one = torch.ones(1, dtype=torch.float64)
-        self.abar = torch.cat([one, (1 - beta).cumprod(0)])
+        self.abar = torch.cat([one, (1 - beta).cumprod(0)])      # on the CPU: few others know fp64
+        self.tables = {}
 
     def scales(self, t, like):
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1), in dtype and device of `like`."""
-        abar = self.abar.to(like.device)[t].view(-1, 1, 1, 1)
-        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
+        key = (like.device, like.dtype)
+        if key not in self.tables:                               # copied once: a GPU would wait
+            table = torch.stack([self.abar.sqrt(), (1 - self.abar).sqrt()])
+            self.tables[key] = table.to(like.dtype).to(like.device)
+        return self.tables[key][:, t].view(2, -1, 1, 1, 1).unbind()
 
     def sample_timesteps(self, n, power, device):
         """t = T u^power in 1..T, u uniform: (n,)."""

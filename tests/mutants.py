@@ -151,7 +151,7 @@ MUTANTS = {
         ("cosine not squared", "uvit_fusion.Diffusion.__init__", "math.pi / 2)**2", "math.pi / 2)"),
         ("no offset in the cosine", "uvit_fusion.Diffusion.__init__", "(u + 0.008)", "u"),
         ("abar not rooted", "uvit_fusion.Diffusion.scales",
-         "abar.sqrt().to(like.dtype), (1", "abar.to(like.dtype), (1"),
+         "[self.abar.sqrt(), (1", "[self.abar, (1"),
         ("timesteps of 1 / power", "uvit_fusion.Diffusion.sample_timesteps",
          "u**power", "u**(1 / power)"),
         ("timesteps from 0", "uvit_fusion.Diffusion.sample_timesteps",
