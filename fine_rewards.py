@@ -144,7 +144,7 @@ PRESETS = {
         batch_size=8, rank=4, lr=9e-6, warmup=0, decay=0.0, data="coco"),
 }
 # --quick: the same in small
-QUICK = dict(out="runs/quick_fine_rewards", samples=256, prompts=100, rounds=1, steps=60)
+QUICK = dict(out="runs/quick_fine_rewards", samples=128, prompts=100, rounds=1, steps=60)
 
 
 # -------------------------------------------- the experts: captioner, segmenter, language model
