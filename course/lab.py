@@ -1,0 +1,167 @@
+"""The diffusion of uvit_fusion.py where one can see all of it: in the plane, and on few pictures.
+
+    python -m course.lab spiral        # a small network learns a spiral; half a minute
+    python -m course.lab perfect       # the perfect denoiser of 2 000 toy pictures; a minute
+
+If N pictures x_i are all the data there is, the best answer at x_t is known. x_t is normal around
+sqrt(abar) x_i with variance 1 - abar, for an i drawn at random, so by Bayes' rule
+
+    E[x_0 | x_t] = sum_i w_i x_i,     w = softmax_i(-|x_t - sqrt(abar) x_i|^2 / (2 (1 - abar)))
+
+No network can have a lower loss on these pictures. What does it draw? Exercise 1.5.
+"""
+import argparse
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from tqdm import trange
+
+import common
+import image_data
+from toy import shapes
+from uvit_fusion import Diffusion, diffusion_loss, timestep_embedding
+
+SAMPLERS = ("ddpm", "ddim", "dpm")
+
+
+def perfect_denoiser(diffusion, data):
+    """denoiser(x_t, t) -> E[x_0 | x_t] of data (N, C, S, S); all of x_t at the same t."""
+    flat = data.flatten(1).double()
+
+    def denoiser(x_t, t):
+        abar = diffusion.abar[t[0]]
+        distance = torch.cdist(x_t.flatten(1).double(), abar.sqrt() * flat)         # (B, N)
+        weights = (-distance**2 / (2 * (1 - abar))).softmax(1)
+        return (weights @ flat).view_as(x_t).float()
+    return denoiser
+
+
+def draw(denoiser, diffusion, shape, sampler, steps, trajectory=None):
+    """Samples of this shape, from the same noise for every sampler."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(shape, generator=generator)
+    return diffusion.sample(denoiser, noise(), steps, sampler, noise, trajectory)
+
+
+def nearest(drawn, data):
+    """The number of the nearest of the data, (B,), and the rms of the difference, (B,)."""
+    distance, number = torch.cdist(drawn.flatten(1), data.flatten(1)).min(1)
+    return number, distance / data[0].numel()**0.5
+
+
+# --------------------------------------------------------------------------------------- the plane
+def spiral(n):
+    """Points of a spiral as images of two channels and one pixel: (n, 2, 1, 1)."""
+    radius = 1.8 * torch.rand(n).sqrt()
+    angle = 2.5 * math.pi * radius
+    points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return (points + 0.02 * torch.randn(n, 2))[..., None, None]
+
+
+class PointNet(nn.Module):
+    """In the place of a U-ViT: x (B, 2, 1, 1), t (B,) -> (B, 2, 1, 1)."""
+    def __init__(self, dim=128):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2 + 32, dim), nn.GELU(), nn.Linear(dim, dim),
+                                    nn.GELU(), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 2))
+
+    def forward(self, x, t, text=None, mask=None):
+        features = torch.cat([x.flatten(1), timestep_embedding(t, 32)], dim=1)
+        return self.layers(features).view_as(x)
+
+
+def scatter(points, side=160, reach=2.5):
+    """Points (n, 2, 1, 1) as an image, uint8 (side, side, 3)."""
+    image = np.full((side, side, 3), 255, np.uint8)
+    x, y = ((points.flatten(1) / reach + 1) / 2 * side).long().clamp(0, side - 1).T.numpy()
+    image[side - 1 - y, x] = (44, 92, 210)
+    return image
+
+
+def show_spiral(args):
+    torch.manual_seed(0)
+    diffusion = Diffusion("cosine", "x0")
+    model = PointNet()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in trange(args.steps, desc="training"):
+        x_0 = spiral(512)
+        t = diffusion.sample_timesteps(len(x_0), 1.0, "cpu")
+        loss = diffusion_loss(model, diffusion, x_0, t, torch.randn_like(x_0), None, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    data = spiral(2000)
+    few = spiral(60)                                  # all that the perfect denoiser knows
+    images = []
+    texts = []
+    for t in (0, 200, 500, 1000):
+        x_t = diffusion.q_sample(data, torch.full((len(data),), t), torch.randn_like(data))
+        images.append(scatter(x_t))
+        texts.append(f"the data at t = {t}")
+    denoisers = [("network", model)] * 3 + [("perfect, of 60 points", perfect_denoiser(
+        diffusion, few))]
+    for (name, denoiser), sampler in zip(denoisers, (*SAMPLERS, "ddpm")):
+        drawn = draw(denoiser, diffusion, data.shape, sampler, args.sample_steps)
+        _, off = nearest(drawn, few if "perfect" in name else data)
+        images.append(scatter(drawn))
+        texts.append(f"{sampler}, {name}: rms to the nearest {off.square().mean().sqrt():.3f}")
+    common.image_grid(images, texts, args.out / "spiral.png", columns=4)
+
+
+# ------------------------------------------------------------------------------------ toy pictures
+def is_shown(scene, scenes):
+    """Whether one of the scenes looks as this one, seen from either side."""
+    other = shapes.Scene(scene.groups[::-1], shapes.OPPOSITE.get(scene.relation))
+    return scene in scenes or other in scenes
+
+
+def show_perfect(args):
+    rng = random.Random(0)
+    scenes = [shapes.random_scene(rng) for _ in range(2000)]
+    pictures = np.stack([shapes.render(shapes.layout(scene, rng), 24, rng) for scene in scenes])
+    data = image_data.to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+    diffusion = Diffusion("cosine", "x0")
+    denoiser = perfect_denoiser(diffusion, data)
+    shown = range(0, args.sample_steps, max(1, args.sample_steps // 8))
+    images = []
+    texts = []
+    for sampler in SAMPLERS:
+        trajectory = []
+        drawn = draw(denoiser, diffusion, (64, *data.shape[1:]), sampler, args.sample_steps,
+                     trajectory)
+        number, off = nearest(drawn, data)
+        print(f"{sampler}: {len(drawn)} pictures, rms to the nearest of {len(data)}: mean "
+              f"{off.mean():.4f}, highest {off.max():.4f}")
+        steps = torch.stack([trajectory[step][0] for step in shown])
+        images += [*image_data.to_uint8(steps), pictures[number[0]]]
+        texts += [*(f"step {step + 1}" for step in shown), "nearest"]
+    common.image_grid(images, texts, args.out / "perfect.png", len(shown) + 1, titles=SAMPLERS)
+    _, between = nearest(data[:1000], data[1000:])
+    print(f"from a picture to the nearest of 1000 others: mean {between.mean():.3f}")
+    for unseen in (False, True):
+        others = [shapes.random_scene(rng, unseen) for _ in range(1000)]
+        share = np.mean([is_shown(scene, set(scenes)) for scene in others])
+        print(f"of 1000 new scenes {'with' if unseen else 'without'} a held-out triple "
+              f"{100 * share:.1f} % are among the pictures")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="course.lab", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("spiral", "perfect"))
+    parser.add_argument("--steps", type=common.positive, default=3000,
+                        help="spiral: training steps")
+    parser.add_argument("--sample-steps", type=common.positive, default=25, help="sampling steps")
+    parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of the pictures")
+    args = parser.parse_args()
+    {"spiral": show_spiral, "perfect": show_perfect}[args.what](args)
+    print(f"as a picture: {args.out / args.what}.png")
+
+
+if __name__ == "__main__":
+    common.entry(main)
