@@ -31,11 +31,12 @@ from PIL import Image
 
 import autoencoder
 import common
-import dsd
+import encoders
 import eval as grading
 import image_data
 import llm_adapter
 import sample
+from toy import matching
 from toy.models import train_tokenizer
 
 ODD = [None, True, "", "x", "\ud800", "../..", -1, 0, 0.5, 3, 1e300, 10**40, float("nan"), [], {},
@@ -220,7 +221,7 @@ class Files:
         groups = self.folder / "groups.jsonl"
         groups.write_text('{"pictures": ["a.png"], "texts": ["a dog", "a cat"], "right": 0}\n'
                           '{"pictures": ["a.png", "a.jpg"], "texts": ["a dog", "a cat"]}\n')
-        self.add("groups.jsonl", groups, lambda: dsd.read_groups(groups))
+        self.add("groups.jsonl", groups, lambda: matching.read_groups(groups))
         pairs = self.folder / "pairs.jsonl"
         pairs.write_text('{"text": "ein Hund", "english": "a dog"}\n' * 3)
         self.add("pairs.jsonl", pairs, lambda: common.read_json_lines(
@@ -228,8 +229,9 @@ class Files:
         items = image_data.CaptionedImages(self.folder / "coco", "train", 8).items
         scores = self.folder / "scores.json"
         scores.write_text(json.dumps({path.name: 0.5 for path, _, _ in items}))
-        cfg = llm_adapter.Config(quality=str(scores))
-        self.add("scores", scores, lambda: llm_adapter.best_items(cfg, items))
+        cfg = llm_adapter.Config(quality=str(scores), quality_split="train")
+        self.add("scores", scores, lambda: llm_adapter.best_items(
+            cfg, self.folder / "coco", 8))
 
 
 class TooLong(BaseException):
@@ -408,7 +410,7 @@ def main():
         clip = make_clip(folder / "clip")
         files = Files(folder, clip)
         encoder = files.pipeline.text_encoder        # to load it each time would take too long
-        with mock.patch.object(common, "TextEncoder", lambda *_: encoder):
+        with mock.patch.object(encoders, "TextEncoder", lambda *_: encoder):
             found = fuzz_files(files, args.seconds, rng, args.only)
         failures = print_outcomes("damaged files", *found, args.show)
         if not args.only or args.only == "commands":
