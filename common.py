@@ -751,6 +751,11 @@ def save_image(image, path):
 
 def image_grid(images, texts, path, columns=None, titles=(), font=None):
     """Writes N images, uint8 (H, H, 3), as a grid: a text below each, a title left of each row."""
+    save_image(draw_grid(images, texts, columns, titles, font), path)
+
+
+def draw_grid(images, texts, columns=None, titles=(), font=None):
+    """The grid of `image_grid` as a PIL image."""
     font = font or load_font()
     columns = min(columns or max(4, math.ceil(len(images)**0.5)), len(images))
     side = max(96, len(images[0]))
@@ -778,7 +783,7 @@ def image_grid(images, texts, path, columns=None, titles=(), font=None):
             draw.multiline_text((x, side + 1), "\n".join(texts[i]), "black", font, spacing=2)
         rows.append(np.asarray(row))
     sheet = np.pad(np.concatenate(rows), ((gap, 0), (0, 0), (0, 0)), constant_values=255)
-    save_image(Image.fromarray(sheet), path)
+    return Image.fromarray(sheet)
 
 
 CURVE_COLOURS = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]

@@ -4,6 +4,8 @@
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
     echo "a yellow square" | python sample.py -
     python sample.py "four purple circles" --trajectory       # the predicted x_0, step by step
+    python sample.py "four purple circles" --trajectory --out film.gif           # as a film
+    python sample.py "four purple circles" "a red disc" --vary guidance 1 3 8    # a row a value
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sample.py "a train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth
 
@@ -11,6 +13,7 @@ Writes one grid, samples/prompts.png in the run folder, in which each image stan
 The same seed gives the same images.
 """
 import argparse
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -25,6 +28,8 @@ from common import UserError
 
 # a run's config.json names one of these files, whose load_pipeline(path, ...) loads it
 METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")
+DEFAULT_RUN = "runs/uvit_fusion"
+VARIED = ("guidance", "sampler", "sample-steps", "run")          # what --vary can change
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -66,7 +71,7 @@ def load_published(args):
 
 
 def add_run_flags(parser):
-    parser.add_argument("--run", default="runs/uvit_fusion",
+    parser.add_argument("--run", default=DEFAULT_RUN,
                         help="run folder, or a .safetensors file in one (default %(default)s)")
     parser.add_argument("--weights", help="published U-ViT weights instead of a run")
     parser.add_argument("--autoencoder",
@@ -78,6 +83,8 @@ def add_run_flags(parser):
 
 def load_pipeline(args):
     """The pipeline that the flags of `add_run_flags` name."""
+    if args.weights and args.run != DEFAULT_RUN:
+        raise UserError("--weights and --run both name a network: leave one out")
     if args.weights:
         return load_published(args)
     changes = {name: getattr(args, name) for name in ("autoencoder", "clip") if getattr(args, name)}
@@ -130,6 +137,63 @@ def read_prompts(args):
         return [image_data.one_line(prompt) for prompt in prompts if prompt.strip()]
 
 
+# ------------------------------------------------------------------------------------------ grids
+def varied_args(parser, args):
+    """args for each value of --vary, which stands in the place of the flag's own."""
+    name, *values = args.vary
+    if name not in VARIED or not values:
+        raise UserError(f"--vary {' '.join(args.vary)}: expected one of {', '.join(VARIED)}, and "
+                        "its values")
+    field = name.replace("-", "_")
+    if getattr(args, field) != parser.get_default(field):
+        raise UserError(f"--{name}: its values are those of --vary, leave it out")
+    # the parser checks a value as it does that of the flag
+    return [parser.parse_args([f"--{name}", value], copy.copy(args)) for value in values]
+
+
+def check_layout(args, film):
+    """Refuses flags that the asked layout of the grid would leave without use."""
+    if args.trajectory and args.vary:
+        raise UserError("--trajectory and --vary: a row is either an image or a value, choose one")
+    if args.columns and (args.vary or args.trajectory and not film):
+        layout = "--vary: a row is a value" if args.vary else "--trajectory: a row is an image"
+        raise UserError(f"--columns plays no part with {layout}")
+
+
+def draw_trajectory(trajectory, prompts, out, font):
+    """A row for each image, the predicted x_0 from step to step; trajectory: see `generate`."""
+    frames = [images[i] for i in range(len(prompts)) for images in trajectory]
+    labels = [f"step {k + 1}" for k in range(len(trajectory))] * len(prompts)
+    common.image_grid(frames, labels, out, len(trajectory), titles=prompts, font=font)
+
+
+def save_film(trajectory, prompts, out, columns, font):
+    """The same as an animated GIF: a grid for each step, of which the last one stays longer."""
+    first, *others = [common.draw_grid(images, prompts, columns, font=font)
+                      for images in trajectory]
+    milliseconds = [150] * len(others) + [3000]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with common.atomic_write(out) as unfinished:
+        first.save(unfinished, "GIF", save_all=True, append_images=others, duration=milliseconds,
+                   loop=0)
+
+
+def generate_rows(rows, prompts, trajectory):
+    """Images of all prompts for each of `rows`, the arguments of a row: they have equal noise."""
+    images = []
+    loaded = None
+    for args in rows:
+        if args.run != loaded:
+            pipeline = load_pipeline(args)
+            if args.adapter:
+                pipeline = importlib.import_module("sur_adapter").attach(pipeline, args.adapter)
+            loaded = args.run
+        images += list(pipeline.generate(prompts, progress=True, trajectory=trajectory,
+                                         **sampling_options(args)))
+    return images
+
+
+# ------------------------------------------------------------------------------------------- main
 def add_flags(parser):
     parser.add_argument("prompts", nargs="*",
                         help='prompts in quotes; "-" reads them from standard input, one a line')
@@ -138,7 +202,11 @@ def add_flags(parser):
                         help="images for each prompt (default %(default)s)")
     parser.add_argument("--adapter", help="run of sur_adapter.py, put behind the text encoder")
     parser.add_argument("--trajectory", action="store_true",
-                        help="show the predicted x_0 at every step, one row an image")
+                        help="show the predicted x_0 at every step, one row an image; with --out "
+                             "NAME.gif, one after the other")
+    parser.add_argument("--vary", nargs="+", metavar=("FLAG", "VALUE"),
+                        help="a row of images for each value of a flag, all from the same noise: "
+                             f"{', '.join(VARIED)}")
     parser.add_argument("--out", help="file of the grid (default: samples/prompts.png in the run)")
     parser.add_argument("--singles", action="store_true",
                         help="also write each image to a file of its own, beside the grid")
@@ -152,6 +220,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     args = parser.parse_args()
+    rows = varied_args(parser, args) if args.vary else [args]
     prompts = read_prompts(args)
     if not prompts:
         parser.print_help()
@@ -159,23 +228,25 @@ def main():
     out = Path(args.out or run_folder(args) / "samples" / "prompts.png")
     if out.suffix.lower() not in image_data.IMAGE_SUFFIXES:
         raise UserError(f"--out {out}: name an image file, such as {out}.png")
+    film = args.trajectory and out.suffix.lower() == ".gif"
+    check_layout(args, film)
     font = common.load_font(args.font)
-    pipeline = load_pipeline(args)
-    if args.adapter:
-        pipeline = importlib.import_module("sur_adapter").attach(pipeline, args.adapter)
 
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
-    trajectory = [] if args.trajectory else None                 # `generate` fills it
-    images = pipeline.generate(prompts, progress=True, trajectory=trajectory,
-                               **sampling_options(args))
-    if trajectory:                                           # of each step: (N, H, W, 3)
-        frames = [step[i] for i in range(len(prompts)) for step in trajectory]
-        labels = [f"step {k + 1}" for k in range(len(trajectory))] * len(prompts)
-        common.image_grid(frames, labels, out, len(trajectory), titles=prompts, font=font)
+    columns = args.columns
+    if columns is None and args.per_prompt > 1:
+        columns = args.per_prompt                                # a row a prompt
+    trajectory = [] if args.trajectory else None                 # of each step: (N, H, W, 3)
+    images = generate_rows(rows, prompts, trajectory)
+    if args.vary:
+        titles = [f"{args.vary[0]} {value}" for value in args.vary[1:]]
+        texts = [""] * (len(images) - len(prompts)) + prompts    # below the last row
+        common.image_grid(images, texts, out, len(prompts), titles=titles, font=font)
+    elif film:
+        save_film(trajectory, prompts, out, columns, font)
+    elif args.trajectory:
+        draw_trajectory(trajectory, prompts, out, font)
     else:
-        columns = args.columns
-        if columns is None and args.per_prompt > 1:
-            columns = args.per_prompt                            # a row a prompt
         common.image_grid(images, prompts, out, columns, font=font)
     print(f"{len(images)} images: {out}")
     if args.singles:

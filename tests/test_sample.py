@@ -80,6 +80,59 @@ def test_a_trajectory_shows_every_step_of_every_image(folder, monkeypatch):
     assert np.array_equal(frames[2], images[0]) and np.array_equal(frames[5], images[1])
 
 
+def test_a_trajectory_becomes_a_film_if_the_file_is_a_gif(folder):
+    flags = ["--trajectory", "--sample-steps", 3, "--columns", 1, "--out", "film.gif", *DEVICE]
+    status, out, errors = run("sample.py", "a man", "a square", *flags, cwd=folder)
+    assert status == 0, errors
+    assert out.splitlines()[-1] == "2 images: film.gif"
+    film = Image.open(folder / "film.gif")
+    frames = []
+    for step in range(film.n_frames):
+        film.seek(step)
+        frames.append(np.asarray(film.convert("RGB")).astype(int))
+    assert len(frames) == 3 and frames[0].shape[0] > 2 * 96              # one above the other
+    last, *_ = sample.load_run(folder / "runs" / "uvit_fusion", "cpu", "fp32").generate(
+        ["a man"], steps=3)
+    shown = frames[2][8:104, 8:104].reshape(8, 12, 8, 12, 3).mean((1, 3))
+    assert np.abs(shown - last).mean() < 8                               # a GIF has 256 colours
+    assert np.abs(frames[0] - frames[2]).mean() > 1
+
+
+@pytest.mark.parametrize("name, values, options", [
+    ("guidance", [1, 8], [{"guidance": 1}, {"guidance": 8}]),
+    ("sampler", ["ddim", "dpm"], [{"sampler": "ddim"}, {"sampler": "dpm"}]),
+    ("sample-steps", [1, 3], [{"steps": 1}, {"steps": 3}]),
+])
+def test_a_flag_is_varied_row_by_row_from_the_same_noise(
+        folder, pipeline, monkeypatch, name, values, options):
+    calls = []
+    monkeypatch.setattr(common, "image_grid", lambda *args, **kwargs: calls.append((args, kwargs)))
+    prompts = ["a man", "a square"]
+    flags = [] if name == "sample-steps" else ["--sample-steps", 2]
+    status, out, errors = run("sample.py", *prompts, "--vary", name, *values, *flags,
+                              "--noise-seed", 3, *DEVICE, cwd=folder)
+    assert status == 0 and "4 images" in out, errors
+    (images, texts, _, columns), kwargs = calls[0]
+    assert columns == 2 and texts == ["", "", *prompts]
+    assert kwargs["titles"] == [f"{name} {value}" for value in values]
+    for row, own in enumerate(options):
+        expected = pipeline.generate(prompts, seed=3, **{"steps": 2} | own)
+        assert np.abs(np.stack(images[2 * row:2 * row + 2]).astype(int) - expected).max() <= 1
+
+
+def test_the_run_is_varied_too(folder, clip_folder, monkeypatch):
+    other = tiny_pipeline(clip_folder, seed=1)
+    save_run(other, folder / "runs" / "other")
+    calls = []
+    monkeypatch.setattr(common, "image_grid", lambda *args, **kwargs: calls.append(args))
+    flags = ["--vary", "run", "runs/uvit_fusion", "runs/other"]
+    status, _, errors = run("sample.py", "a man", *flags, *FEW, cwd=folder)
+    assert status == 0, errors
+    first, second = calls[0][0]
+    assert np.abs(second.astype(int) - other.generate(["a man"], steps=2)[0]).max() <= 1
+    assert np.abs(second.astype(int) - first).max() > 1
+
+
 def test_a_run_is_loaded_by_the_method_that_its_config_names(folder, monkeypatch):
     loaded = []
     for method in sample.METHODS:
@@ -155,6 +208,15 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
     (["\udcff"], "UTF-8"),
     (["--run", "broken"], "gives nan, no images"),
     (["--run", "other"], "names the method 'gan'"),
+    (["--run", "other", "--weights", "small.pth"], "--weights and --run both"),
+    (["--vary", "guidance"], "--vary guidance: expected one of guidance, sampler"),
+    (["--vary", "columns", 1], "--vary columns 1: expected one of guidance"),
+    (["--vary", "guidance", "much"], "--guidance: invalid finite value: 'much'"),
+    (["--vary", "sampler", "euler"], "--sampler: invalid choice: 'euler'"),
+    (["--vary", "guidance", 1, "--guidance", 2], "--guidance: its values are those of --vary"),
+    (["--vary", "guidance", 1, "--columns", 2], "--columns plays no part with --vary"),
+    (["--vary", "guidance", 1, "--trajectory"], "--trajectory and --vary"),
+    (["--trajectory", "--columns", 2], "--columns plays no part with --trajectory"),
 ])
 def test_a_slip_is_one_line(folder, pipeline, flags, word):
     pipeline.model.decoder_pred.bias[0] = torch.nan
