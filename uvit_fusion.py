@@ -135,18 +135,18 @@ class Config:
     def __post_init__(self):
         if self.autoencoder and self.clip_x0:
             raise UserError("--autoencoder: latents leave [-1, 1]: add --no-clip-x0")
-        if self.patch < 1 or self.size % self.patch:
+        common.check_bounds(
+            self, channels=(1, 1000), text_dim=(1, 10**6), text_length=(1, 10**6),
+            patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000), caption_blocks=(0, 1000),
+            accumulate=(1, 2**20), latent_scale=(1e-6, 1e6))
+        if self.size < 1 or self.size % self.patch:
             raise UserError(f"--size {self.size} is no multiple of --patch {self.patch}")
-        if self.heads < 1 or self.dim % self.heads or self.dim % 2:
+        if self.dim % self.heads or self.dim % 2:
             raise UserError(f"--dim {self.dim} must be even and a multiple of --heads {self.heads}")
         if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2:
             raise UserError(f"--depth {self.depth} must be even, and --image-blocks "
                             f"{self.image_blocks} at most half of it")
         check_interval(self.guidance_interval)
-        if max(self.depth, self.caption_blocks) > 1000 or self.batch_size > 2**20:
-            raise UserError("--depth and --caption-blocks end at 1000, --batch-size at 2^20")
-        if min(self.steps, self.batch_size, self.accumulate) < 1:
-            raise UserError("--steps, --batch-size and --accumulate must be at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --accumulate "
                             f"{self.accumulate}")
@@ -809,11 +809,13 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
+    # bad data stop here, not after days; so few images are kept in memory
+    held_out = image_data.CaptionedImages(data, "val", pipeline.image_size)
+    held_out = image_data.CaptionedImages(data, "val", held_out.size, held_out.items[:256])
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    held_out = image_data.CaptionedImages(data, "val", pipeline.image_size)
     network = torch.compile(model) if args.compile else model    # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
@@ -940,8 +942,6 @@ def main():
         print(f"{cfg.steps} steps of {cfg.batch_size} images on {device} x {world_size} "
               f"in {str(precision).removeprefix('torch.')}, into {folder}/")
     size = cfg.size * (8 if cfg.autoencoder else 1)              # 8 x 8 pixels make a latent
-    if cfg.data != "shapes":
-        image_data.CaptionedImages(cfg.data, "val", size)      # bad data stop here, not days later
     with rank_0_first(rank, world_size):
         data = toy.prepare(cfg.data, cfg.clip, size)
         if cfg.clip == "words":

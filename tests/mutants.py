@@ -344,7 +344,7 @@ MUTANTS = {
          "unfinished.unlink(missing_ok=True)", "os.replace(unfinished, path)"),
         ("code in a pickle runs", "common.read_weights", "weights_only=True", "weights_only=False"),
         ("code in state.pt runs", "common.Run.restore", "weights_only=True", "weights_only=False"),
-        ("other settings go on", "common.Run.restore", "not may_go_on(", "None and may_go_on("),
+        ("other settings go on", "common.check_settings", "not may_go_on(", "None and may_go_on("),
         ("a resumed run begins with step 1", "common.Run.restore", 'state["step"]', "0"),
         ("parts are not restored", "common.Run.restore", "load_part(part, saved)", "pass"),
         ("the last value for the mean", "common.Run.log",
