@@ -455,13 +455,33 @@ def add_device_flags(parser):
                              "along: its authors' code, which may do whatever you may do here")
 
 
-def add_training_flags(parser, out_help):
+def add_training_flags(parser, out_help, quick=None):
+    """quick: see `parse_args`."""
     parser.add_argument("--out", help=out_help)
+    if quick:
+        parser.add_argument("--quick", action="store_true",
+                            help=f"the same in small, within a minute or two, into {quick['out']}")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, where it stopped")
     parser.add_argument("--overwrite", action="store_true",
                         help="start anew in a folder that holds a run")
     add_device_flags(parser)
+
+
+def parse_args(parser, quick):
+    """The arguments; with --quick what the dict `quick` names has other defaults: {name: value}."""
+    args = parser.parse_args()
+    if args.quick:
+        parser.set_defaults(**quick)
+        args = parser.parse_args()                      # what was given stays as it was given
+    return args
+
+
+def refuse_flags(parser, args, names, reason):
+    """A flag that plays no part in what is to be done is refused, not ignored."""
+    for name in names:
+        if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
 
 
 # -------------------------------------------------------------------------------------- run folder

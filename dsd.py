@@ -99,6 +99,8 @@ PRESETS = {
         head_weights=False, data="refcocog_train.jsonl", shots=0.05, negatives=9, margin=0.1,
         lr=1e-4, warmup=0, decay=0.0, betas=(0.9, 0.999)),
 }
+# --quick: the same in small
+QUICK = dict(out="runs/quick_dsd", samples=64, steps=100, warmup=15)
 
 
 # --------------------------------------------------------------------------------------- the score
@@ -503,17 +505,10 @@ def rank_texts(matcher, path, texts, out):
 
 
 # -------------------------------------------------------------------------------------------- main
-def refuse_flags(parser, args, names, reason):
-    """A flag that plays no part in what is to be done is refused, not ignored."""
-    for name in names:
-        if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
-
-
 def train_and_grade(parser, args):
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
-        refuse_flags(parser, args, ["samples"], "only the toy world is graded")
+        common.refuse_flags(parser, args, ["samples"], "only the toy world is graded")
     folder = Path(args.out or "runs/dsd")
     common.check_run(folder, args)
     pipeline = load_base(cfg.base, args)
@@ -545,16 +540,16 @@ def rank_for_picture(parser, args):
     """What a matcher is for: ranks texts for an image, with a tuned run or with the base."""
     if not args.texts or not all(text.strip() for text in args.texts):
         raise UserError("name texts to rank, none of them empty, in quotes, after the picture")
-    of_training = {"resume", "overwrite", "samples", "preset"}
+    of_training = {"resume", "overwrite", "quick", "samples", "preset"}
     of_training |= {field.name for field in dataclasses.fields(Config)}
     if args.zero_shot:
         of_matching = {"base", "score", "times", "evaluations"}
-        refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
-        refuse_flags(parser, args, of_training - of_matching, "it belongs to --train")
+        common.refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
+        common.refuse_flags(parser, args, of_training - of_matching, "it belongs to --train")
         cfg = common.make_config(Config, PRESETS, args)
         matcher = zero_shot(cfg, load_base(cfg.base, args))
     else:
-        refuse_flags(parser, args, of_training, "it belongs to --train, or to --zero-shot")
+        common.refuse_flags(parser, args, of_training, "it belongs to --train, or to --zero-shot")
         matcher = load_matcher(args.run, args)
     folder = Path("runs/dsd" if args.zero_shot else args.run)
     out = args.out or folder / "samples" / f"{Path(args.picture).stem}.png"
@@ -573,13 +568,14 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=512,
                         help="--train: held-out pairs of each kind (default %(default)s)")
     common.add_training_flags(parser, "run folder of --train (default runs/dsd), or the file for "
-                              "the attention to a picture")
+                              "the attention to a picture", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
-    args = parser.parse_args()
+    args = common.parse_args(parser, QUICK)
     if args.train:
         if args.picture:
             raise UserError("choose one of --train and a picture")
-        refuse_flags(parser, args, ["run", "zero_shot"], "--train writes a new run, see --out")
+        common.refuse_flags(parser, args, ["run", "zero_shot"],
+                            "--train writes a new run, see --out")
         train_and_grade(parser, args)
     elif args.picture:
         rank_for_picture(parser, args)

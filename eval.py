@@ -2,6 +2,7 @@
 
     python eval.py                         # 2 048 held-out captions, graded by the exact judge
     python eval.py --run runs/uvit_fusion/step2000.safetensors --samples 512
+    python eval.py --by-noise              # at which noise levels a wrong word raises the loss
     python eval.py --quality               # CLIP score and CMMD; for the toy world, by its CLIP
     python eval.py --quality --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth \\
         --data path/to/coco --inception inception-2015-12-05.pt                    # FID as well
@@ -34,7 +35,7 @@ import image_data
 import sample
 import toy
 from common import UserError
-from toy import judge
+from toy import by_noise, judge
 
 LABELS = {
     "clip_score": "CLIP score",
@@ -220,19 +221,18 @@ def print_quality(figures, title):
         print("distances of few images come out too high: compare them at equal numbers only")
 
 
-def measure_quality(args, pipeline, data, how):
-    """eval.py --quality; how: the sampling in words, for the table's title."""
+def measure_quality(args, pipeline, data, folder, how):
+    """The figures of --quality; how: the sampling in words, for the table's title."""
     dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     samples = args.samples or min(30_000, len(dataset))
     clip = encoders.ClipScorer(args.clip_model or pipeline.cfg.clip, pipeline.device)
     inception = Inception(args.inception, pipeline.device) if args.inception else None
-    folder = Path(args.out or output_folder(args))
     folder.mkdir(parents=True, exist_ok=True)
     figures = quality(pipeline, dataset, samples, clip, inception, args.reference,
                       sample.sampling_options(args), folder, args.workers)
     print_quality(figures, f"{args.weights or args.run}: {samples:,} images, {how}; against "
                            f"{args.reference or data}; CLIP: {clip.path}")
-    common.write_results(folder, figures)
+    return figures
 
 
 def output_folder(args):
@@ -248,10 +248,16 @@ def add_flags(parser):
     parser.add_argument("--data", help="take captions from here (default: the run's own data)")
     parser.add_argument("--samples", type=common.positive,
                         help="images to generate (default 2048; with --quality 30 000, or all "
-                             "validation captions if they are fewer)")
+                             "validation captions if they are fewer); with --by-noise scenes to "
+                             "look at (512)")
+    parser.add_argument("--out", help="folder of results.json (default: the run's)")
     sample.add_sampling_flags(parser)
-    group = parser.add_argument_group("image quality")
-    group.add_argument("--quality", action="store_true", help="CLIP score, CMMD and FID instead")
+    measures = parser.add_mutually_exclusive_group()
+    measures.add_argument("--by-noise", action="store_true",
+                          help="the loss with right and wrong captions by noise level, instead")
+    measures.add_argument("--quality", action="store_true",
+                          help="CLIP score, CMMD and FID instead")
+    group = parser.add_argument_group("of --quality")
     group.add_argument("--clip-model", help="CLIP to measure with, a folder or a name on the hub "
                                             "(default: the one whose text model the run uses)")
     group.add_argument("--inception", help="TorchScript file such as inception-2015-12-05.pt, for "
@@ -259,27 +265,43 @@ def add_flags(parser):
     group.add_argument("--reference", help="compare with this: folder of images, or .npz of mu and "
                                            "sigma (default: the validation images)")
     group.add_argument("--workers", type=common.whole, help="processes that read images")
-    group.add_argument("--out", help="folder of results.json (default: the run's)")
+
+
+def check_flags(parser, args):
+    """Refuses flags that the chosen measure does not use."""
+    if not args.quality:
+        of_quality = ("clip_model", "inception", "reference", "workers")
+        common.refuse_flags(parser, args, of_quality, "it belongs to --quality")
+    if args.by_noise:
+        of_sampling = ("sample_steps", "guidance", "guidance_interval", "sampler",
+                       "negative_prompt")
+        common.refuse_flags(parser, args, of_sampling, "--by-noise generates no images")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_flags(parser)
     args = parser.parse_args()
+    check_flags(parser, args)
     pipeline = sample.load_pipeline(args)
     cfg = pipeline.cfg
     data = toy.prepare(args.data or cfg.data, cfg.clip, pipeline.image_size)
+    folder = Path(args.out or output_folder(args))
+    name = args.weights or args.run
     guidance = cfg.guidance if args.guidance is None else args.guidance
     how = f"{args.sample_steps} steps of {args.sampler or cfg.sampler}, guidance {guidance:g}"
     if args.quality:
-        measure_quality(args, pipeline, data, how)
-        return
-    figures, table = judge.accuracy(
-        pipeline, data, args.samples or 2048, **sample.sampling_options(args))
-    judge.print_accuracy(figures, table, f"{args.weights or args.run}: {figures['samples']} "
-                                         f"held-out captions, {how}")
-    if not args.weights and Path(args.run).suffix != ".safetensors":
-        common.write_results(args.run, figures)
+        figures = measure_quality(args, pipeline, data, folder, how)
+    elif args.by_noise:
+        found = by_noise.measure(pipeline, data, args.samples or 512, args.noise_seed)
+        figures = by_noise.report(found, f"{name}: captions right and wrong, by noise level",
+                                  folder / "by_noise.png")
+    else:
+        figures, table = judge.accuracy(
+            pipeline, data, args.samples or 2048, **sample.sampling_options(args))
+        judge.print_accuracy(figures, table,
+                             f"{name}: {figures['samples']} held-out captions, {how}")
+    common.write_results(folder, figures)
 
 
 if __name__ == "__main__":

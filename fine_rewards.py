@@ -144,6 +144,8 @@ PRESETS = {
         steps=6250,  # ten passes of batch 8 over the images that a round adds
         batch_size=8, rank=4, lr=9e-6, warmup=0, decay=0.0, data="coco"),
 }
+# --quick: the same in small
+QUICK = dict(out="runs/quick_fine_rewards", samples=128, prompts=100, rounds=1, steps=60)
 
 
 # -------------------------------------------- the experts: captioner, segmenter, language model
@@ -550,9 +552,9 @@ def main():
                         help="all rounds; on the toy world, a table of what was gained")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
-    common.add_training_flags(parser, "run folder (default runs/fine_rewards)")
+    common.add_training_flags(parser, "run folder (default runs/fine_rewards)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
-    args = parser.parse_args()
+    args = common.parse_args(parser, QUICK)
     if not args.train:
         parser.print_help()
         return

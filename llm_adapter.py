@@ -140,6 +140,9 @@ PRESETS = {
         batch_size=256, optimizer="adamw", warmup=1000, ema=0.9999,
         data="coco", quality="scores.json", quality_split="train"),
 }
+# --quick: the same in small
+QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=300, steps_2=20, steps_3=10,
+             warmup=10)
 
 
 def stage_config(cfg, n):
@@ -449,9 +452,9 @@ def main():
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
     parser.add_argument("--font", help="font file for the grids: the default lacks Chinese")
-    common.add_training_flags(parser, "run folder (default runs/llm_adapter)")
+    common.add_training_flags(parser, "run folder (default runs/llm_adapter)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
-    args = parser.parse_args()
+    args = common.parse_args(parser, QUICK)
     if not args.train:
         parser.print_help()
         return

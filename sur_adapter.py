@@ -117,6 +117,8 @@ PRESETS = {
         optimizer="adamw", lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0,
     ),
 }
+# --quick: the same in small
+QUICK = dict(out="runs/quick_sur_adapter", samples=128, steps=200, warmup=20)
 MUON_NAMES = ("encoder_blocks", "query", "key", "mlp", "fc")          # all matrices
 
 
@@ -406,9 +408,9 @@ def main():
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
-    common.add_training_flags(parser, "run folder (default runs/sur_adapter)")
+    common.add_training_flags(parser, "run folder (default runs/sur_adapter)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
-    args = parser.parse_args()
+    args = common.parse_args(parser, QUICK)
     if not args.train:
         parser.print_help()
         return

@@ -281,11 +281,11 @@ def load_for_grading(parser, args):
     """The matcher of `grade`: the tuned run or, zero-shot, its base or the one that is named."""
     of_error = args.score in ("denoising", "itm")
     if args.zero_shot:
-        dsd.refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
+        common.refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
         cfg = dsd.Config(base=args.base)
         matcher = dsd.zero_shot(cfg, dsd.load_base(cfg.base, args))
     else:
-        dsd.refuse_flags(parser, args, ["base"], "a tuned run has its own base; see --zero-shot")
+        common.refuse_flags(parser, args, ["base"], "a tuned run has its own base; see --zero-shot")
         matcher = dsd.load_matcher(args.run, args)
         if of_error:                                        # as published: of the network as it was
             matcher = dsd.zero_shot(matcher.cfg, matcher.pipeline)
@@ -304,9 +304,9 @@ def load_for_grading(parser, args):
 def grade(parser, args):
     """Scores the groups of a file, of ComVG or of retrieval, and prints a table."""
     if not args.comvg:
-        dsd.refuse_flags(parser, args, ["pictures"], "it names the folder of --comvg's images")
+        common.refuse_flags(parser, args, ["pictures"], "it names the folder of --comvg's images")
     if not args.retrieval:
-        dsd.refuse_flags(parser, args, ["pool_size"], "it belongs to --retrieval")
+        common.refuse_flags(parser, args, ["pool_size"], "it belongs to --retrieval")
     matcher = load_for_grading(parser, args)
     if args.groups:
         groups = matching.read_groups(args.groups)

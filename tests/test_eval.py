@@ -14,7 +14,8 @@ import common
 import encoders
 import eval as grading
 import image_data
-from toy import judge
+import uvit_fusion
+from toy import by_noise, judge, shapes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 DEVICE = ("--device", "cpu", "--precision", "fp32")
@@ -75,6 +76,88 @@ def test_the_grade_of_a_snapshot_does_not_replace_that_of_its_run(toy_run):
     status, out, errors = run("eval.py", *flags, *DEVICE, cwd=toy_run)
     assert status == 0 and "step2000.safetensors: 4 held-out captions" in out, errors
     assert not before.exists()
+    assert results(toy_run / "runs" / "uvit_fusion" / "step2000")["samples"] == 4
+
+
+# ------------------------------------------------------------------------------ loss by noise level
+def words_of(caption, table):
+    """The words of a table of synonyms that a caption has, by their first synonym, sorted."""
+    first = {synonym: name for name, synonyms in table.items() for synonym in synonyms}
+    return sorted(first[word] for word in caption.replace("s ", " ").rstrip("s").split()
+                  if word in first)
+
+
+def test_a_wrong_caption_differs_in_one_field():
+    rng = random.Random(0)
+    scenes = [shapes.random_scene(rng) for _ in range(200)]
+    captions = by_noise.captions_by_field([scene for scene in scenes if scene.relation])
+    assert list(captions) == ["right", "count", "colour", "shape", "relation"]
+    for right, count, colour, shape, relation in zip(*captions.values()):
+        for table, changed in ((shapes.ADJECTIVES, colour), (shapes.NOUNS, shape)):
+            same = [words_of(caption, table) for caption in (right, count, colour, shape, relation)
+                    if caption != changed]
+            assert same == 4 * [same[0]] and words_of(changed, table) != same[0]
+        assert len({right, count, colour, shape, relation}) == 5
+    assert captions == by_noise.captions_by_field([scene for scene in scenes if scene.relation])
+
+
+def test_the_loss_of_each_image_is_that_of_training(toy_run):
+    pipeline = grading.sample.load_run(toy_run / "runs/uvit_fusion", "cpu", "fp32")
+    x_0 = torch.rand(5, 3, 24, 24) * 2 - 1
+    eps = torch.randn(5, 3, 24, 24)
+    captions = ["two red circles", "a blue square", "one disc", "three green triangles", "a man"]
+    y, mask = by_noise.encode_text(pipeline, captions)
+    found = by_noise.losses(pipeline, x_0, y, mask, 700, eps, batch_size=2)
+    for i, caption in enumerate(captions):
+        expected = uvit_fusion.diffusion_loss(
+            pipeline.model, pipeline.diffusion, x_0[i:i + 1], torch.tensor([700]), eps[i:i + 1],
+            *pipeline.text_encoder([caption]))
+        assert found[i] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_rise_of_the_loss_is_a_mean_over_images(tmp_path, capsys):
+    found = {"right": np.array([[1.0, 3.0]])} | {
+        field: np.array([[1.0 + k, 3.0 - k / 2]]) for k, field in enumerate(shapes.FIELDS)}
+    found = {name: losses.repeat(len(by_noise.TIMESTEPS), 0) for name, losses in found.items()}
+    figures = by_noise.report(found, "", tmp_path / "by_noise.png")
+    assert figures["by_noise_images"] == 2 and figures["loss_700"] == 2
+    rises = [figures[f"{field}_rise_700"] for field in shapes.FIELDS]
+    assert rises == pytest.approx([0, 0.25, 0.5, 0.75])
+    assert [figures[f"{field}_apart_700"] for field in shapes.FIELDS] == [0, 50, 50, 50]
+    assert figures["relation_rise_700_ci"] == pytest.approx(1.96 * 2.25 / 2**0.5)
+    assert "0.7500" in capsys.readouterr().out and (tmp_path / "by_noise.png").exists()
+
+
+def test_losses_by_noise_level_are_a_table_a_picture_and_results(toy_run):
+    flags = ["--by-noise", "--samples", 12, "--noise-seed", 3, "--out", "noise", *DEVICE]
+    status, out, errors = run("eval.py", *flags, cwd=toy_run)
+    assert status == 0 and "captions right and wrong, by noise level" in out, errors
+    found = results(toy_run / "noise")
+    assert (toy_run / "noise" / "by_noise.png").exists()
+    pipeline = grading.sample.load_run(toy_run / "runs/uvit_fusion", "cpu", "fp32")
+    scenes, _, _ = judge.validation_scenes(pipeline.cfg.data, 12)
+    assert found["by_noise_images"] == sum(scene.relation is not None for scene in scenes)
+    again = by_noise.measure(pipeline, pipeline.cfg.data, 12, seed=3)
+    assert found["loss_1000"] == pytest.approx(again["right"][-1].mean(), rel=1e-3)
+    other = by_noise.measure(pipeline, pipeline.cfg.data, 12, seed=4)
+    assert found["loss_1000"] != pytest.approx(other["right"][-1].mean(), rel=1e-3)
+
+
+def test_scenes_without_a_relation_have_none_to_change(toy_run, monkeypatch):
+    scene = shapes.Scene((shapes.Group(1, "red", "circle"),))
+    monkeypatch.setattr(judge, "validation_scenes", lambda *_: ([scene], ["a red circle"], [False]))
+    refused(run("eval.py", "--by-noise", "--samples", 1, *DEVICE, cwd=toy_run), "--samples 1: none")
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--by-noise", "--quality"], "not allowed with argument"),
+    (["--by-noise", "--guidance", 2], "--guidance plays no part here"),
+    (["--by-noise", "--sample-steps", 2], "--sample-steps plays no part here"),
+    (["--by-noise", "--workers", 2], "--workers plays no part here: it belongs to --quality"),
+    (["--inception", "some.pt"], "--inception plays no part here: it belongs to --quality"),
+])
+def test_a_flag_of_another_measure_is_refused(toy_run, flags, word):
+    refused(run("eval.py", *flags, cwd=toy_run), word)
 
 
 # --------------------------------------------------------------------------------------------- FID
