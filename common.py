@@ -299,6 +299,10 @@ def atomic_write(path):
     try:
         yield unfinished
         os.replace(unfinished, path)
+    except (RuntimeError, SafetensorError) as error:    # what some make of a full disk
+        if system_failure(error):
+            raise
+        raise OSError(f"{path} cannot be written: {say_why(error)}") from None
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -418,12 +422,34 @@ def check_value(kind, default, value):
     return value
 
 
+# lowest and highest value of settings that several methods have
+BOUNDS = {
+    "steps": (1, 2**31), "batch_size": (1, 2**20), "warmup": (0, 2**31), "decay": (0, 1),
+    "lr": (1e-12, 1e3), "muon_lr": (1e-12, 1e3), "betas": (0, 1 - 1e-9), "ema": (0, 1),
+    "caption_dropout": (0, 1), "heads": (1, 1000), "seed": (0, 2**32 - 1),
+}
+
+
+def check_bounds(cfg, **own):
+    """Refuses settings beyond BOUNDS or a method's own bounds, {name: (lowest, highest)}.
+
+    What is beyond them ends in an error far from its cause, takes all memory, or learns nothing.
+    """
+    for name, (lowest, highest) in (BOUNDS | own).items():
+        value = getattr(cfg, name, lowest)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if not lowest <= number <= highest:
+                raise UserError(f"--{name.replace('_', '-')} {number:g}: choose {lowest:g} to "
+                                f"{highest:g}")
+
+
 def build_config(config_class, values, source="--"):
     """The settings of {name: value}, from JSON or from flags; source: before names in messages."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     checked = {}
     for name, value in values.items():
-        with reading(f"{source}{name}", "there is no such setting, or not with this value"):
+        flag = name.replace("_", "-") if source == "--" else name
+        with reading(f"{source}{flag}", "there is no such setting, or not with this value"):
             checked[name] = check_value(fields[name].type, fields[name].default, value)
     return config_class(**checked)
 
@@ -520,8 +546,11 @@ def run_files(path):
 
 def check_run(folder, args):
     """Refuses to train over another run by mistake, and to resume where there is none."""
-    has_state = any(Path(folder).rglob("state.pt"))
+    # chosen.pt: what a round of fine_rewards.py learns from, made before its first checkpoint
+    has_state = any(Path(folder).rglob("state.pt")) or any(Path(folder).glob("*/chosen.pt"))
     holds_run = has_state or any(Path(folder).glob("*.safetensors"))
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on, --overwrite starts anew: choose one")
     if args.resume and not has_state:
         raise UserError(f"--resume: there is no run in {folder}/ to go on with")
     if holds_run and not args.resume and not args.overwrite:
@@ -538,6 +567,21 @@ def may_go_on(name, before, now):
         spelled = [path for path in (before, value) if os.path.exists(path)]
         return before == value or (len(spelled) == 2 and os.path.samefile(*spelled))
     return before == value
+
+
+def check_settings(folder, cfg, same_data=False):
+    """Refuses to go on in a run folder with other settings; returns all that its config gets."""
+    before = read_json(Path(folder) / "config.json")
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
+    for name in now:
+        if not (same_data and name == "data") and not may_go_on(name, before.get(name), now):
+            hint = "give the same settings, or another --out"
+            if name == "steps" and "init" in now:
+                hint = ("its learning rate falls until the last step; to train on, begin "
+                        f"another --out with --init {folder}/model.safetensors")
+            raise UserError(f"{folder}/ was begun with {name} = {before.get(name)}, now it is "
+                            f"{now[name]}: {hint}")
+    return before | now
 
 
 def load_part(part, saved):
@@ -620,24 +664,14 @@ class Run:
         if precision != self.precision:
             raise UserError(f"{self.folder}/ was trained in {precision}, now it would be in "
                             f"{self.precision}: give the same --precision")
-        before = read_json(self.folder / "config.json")
-        now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
-        for name in now:
-            same_data = name == "data" and self.data and self.data == state.get("data")
-            if not same_data and not may_go_on(name, before.get(name), now):
-                hint = "give the same settings, or another --out"
-                if name == "steps" and "init" in now:
-                    hint = ("its learning rate falls until the last step; to train on, begin "
-                            f"another --out with --init {self.folder}/model.safetensors")
-                raise UserError(f"{self.folder}/ was begun with {name} = {before.get(name)}, now "
-                                f"it is {now[name]}: {hint}")
+        settings = check_settings(self.folder, cfg, self.data and self.data == state.get("data"))
         with reading(path, "it is damaged: start anew with --overwrite"):
             self.start = range(self.steps + 1).index(state["step"])
             for part, saved in zip(self.parts, state["parts"], strict=True):
                 load_part(part, saved)
         path = self.folder / "metrics.csv"
         if self.rank == 0:
-            write_json(self.folder / "config.json", before | now)
+            write_json(self.folder / "config.json", settings)
         if self.rank == 0 and path.exists():            # drop the rows from after the checkpoint
             names, rows = read_metrics(path)
             rows = [row for row in rows if float(row[0]) <= self.start]
@@ -679,10 +713,10 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self):
-        """Around writing to the folder: each kind of file fails in its own way on a full disk."""
+        """Around writing to the folder."""
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except OSError as error:
             advice = "make room and start again"
             if self.saved:
                 advice = f"the checkpoint of step {self.saved} is whole: make room, then --resume"

@@ -86,8 +86,9 @@ class Config:
         low, high = self.times
         if not 1 <= low <= high <= uvit_fusion.Diffusion.T:
             raise UserError(f"--times {low} {high}: choose 1 <= lowest <= highest <= 1000")
-        if min(self.evaluations, self.steps, self.batch_size, self.negatives) < 1:
-            raise UserError("--evaluations, --steps, --batch-size, --negatives: at least 1 each")
+        common.check_bounds(
+            self, evaluations=(1, uvit_fusion.Diffusion.T), prompts=(0, 1000), lora_rank=(0, 10**6),
+            shots=(0, 1e9), negatives=(1, 1000), weight_lr=common.BOUNDS["lr"])
 
 
 PRESETS = {
@@ -253,6 +254,9 @@ def match(matcher, candidates, bank=None, batch_size=256):
         scores_at_t = [matcher(x_0, t.expand(len(x_0)), eps.expand_as(x_0), y, mask)
                        for t, eps in bank]
         scores.append(torch.stack(scores_at_t).mean(0).cpu())
+    if not all(part.isfinite().all() for part in scores):       # nan would be a wrong answer
+        raise UserError("the network gives nan, no scores: its weights are damaged, or too large "
+                        "for this precision: try --precision fp32")
     return torch.cat(scores)
 
 

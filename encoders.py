@@ -66,6 +66,7 @@ def check_tokenizer(tokenizer, config):
     if not 0.5 * vocabulary <= len(tokenizer) <= 1.1 * vocabulary:
         raise OSError(f"the model has {vocabulary} tokens, its tokenizer {len(tokenizer)}: "
                       f"{OWN_TOKENIZER}")
+    tokenizer(["a caf\u00e9 \u2603"])                   # fails if its files do not fit together
 
 
 def reason_not_loaded(error):
@@ -170,9 +171,11 @@ class TextEncoder:
             self.is_clip = config.model_type == "clip_text_model"
             self.dim = config.hidden_size
             positions = getattr(config, "max_position_embeddings", None) or 77
-        # as in CLIP: the U-ViT has a position for each token, and captions are short
-        self.length = min(77, positions, self.tokenizer.model_max_length)
         self.warned = False
+        with common.reading(f"--clip {path}", "its tokenizer files do not fit: copy them again"):
+            # as in CLIP: the U-ViT has a position for each token, and captions are short
+            self.length = min(77, positions, self.tokenizer.model_max_length)
+            self.tokenize(["a caf\u00e9 \u2603"])
         self.kept = {}                                  # caption -> (features, token_mask)
         self.capacity = memory // (4 * self.length * self.dim)
 
@@ -186,6 +189,10 @@ class TextEncoder:
         features, masks = zip(*(self.kept[text] for text in captions))
         return torch.stack(features), torch.stack(masks)
 
+    def tokenize(self, captions):
+        return self.tokenizer(captions, padding="max_length", truncation=True,
+                              max_length=self.length, return_tensors="pt")
+
     @torch.no_grad()
     def encode(self, captions):
         """`__call__` without memory.
@@ -193,8 +200,7 @@ class TextEncoder:
         Padded to L, as the published U-ViT was trained. Padding does not change the features of a
         caption: CLIP attends causally, the others get the mask. Longer captions are cut off.
         """
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True,
-                                max_length=self.length, return_tensors="pt")
+        tokens = self.tokenize(captions)
         if not self.warned and tokens.attention_mask.all(1).any():       # one without any padding
             longest = max(len(ids) for ids in self.tokenizer(captions).input_ids)
             if longest > self.length:
@@ -228,7 +234,8 @@ class LLMEncoder:
         self.dim = config.hidden_size
         # tokenizers without a limit name a huge one; 4096 tokens are enough for a prompt
         positions = getattr(config, "max_position_embeddings", None) or 4096
-        self.length = min(self.tokenizer.model_max_length, positions, 4096)
+        with common.reading(f"--llm {path}", "its tokenizer files do not fit: copy them again"):
+            self.length = min(self.tokenizer.model_max_length, positions, 4096)
         self.pad = self.tokenizer.pad_token_id
         if self.pad is None:                            # as in Llama's tokenizer
             self.pad = self.tokenizer.eos_token_id or 0
@@ -311,13 +318,14 @@ class AestheticScorer:
     """How good an image looks: a linear head on the features of a `ClipScorer` (as LAION's)."""
     def __init__(self, path, clip):
         tensors = common.read_weights(path, f"--scorer {path}")
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()
+                  if tensor.isfinite().all()}
         if shapes != {"weight": (1, clip.dim), "bias": (1,)}:
             raise UserError(f"--scorer {path} is no linear head on the features of {clip.path}: "
-                            f"expected weight (1, {clip.dim}) and bias (1,)")
+                            f"expected weight (1, {clip.dim}) and bias (1,), without nan")
         self.clip = clip
-        self.weight = tensors["weight"][0].to(clip.device)
-        self.bias = tensors["bias"].to(clip.device)
+        self.weight = tensors["weight"][0].float().to(clip.device)
+        self.bias = tensors["bias"].float().to(clip.device)
 
     def __call__(self, images, batch_size=256):
         """uint8 (N, H, W, 3) -> (N,)"""

@@ -122,9 +122,10 @@ class Config:
     def __post_init__(self):
         if not any(self.weights):
             raise UserError(f"--weights: one of {', '.join(REWARDS)} must be above 0")
-        if min(self.score_batch, self.batch_size, self.prompts, self.candidates, self.rounds) < 1:
-            raise UserError("--score-batch, --batch-size, --prompts, --candidates and --rounds "
-                            "must be at least 1")
+        common.check_bounds(
+            self, prompts=(1, 10**7), candidates=(2, 10**4), sample_steps=(1, 1000),
+            min_part=(0, 1), score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9),
+            real=(0, 1000), rounds=(1, 1000), rank=(1, 10**6))
         text = INSTRUCTIONS.get(self.instruction, self.instruction)
         if "{prompt}" not in text or "{label}" not in text:
             raise UserError(f"--instruction {text}: choose {' or '.join(INSTRUCTIONS)}, or a text "
@@ -461,9 +462,10 @@ def save_model(cfg, pipeline, folder):
     common.save_tensors(pipeline.model.state_dict(), folder / "model.safetensors")
 
 
-def save_chosen(folder, **images_and_prompts):
+def save_chosen(cfg, folder, **images_and_prompts):
     """Keeps what a round learns from, for a resumed run: images uint8 (N, H, W, 3), N prompts."""
     folder.mkdir(parents=True, exist_ok=True)
+    common.write_json(folder / "config.json", dataclasses.asdict(cfg))
     content = {}
     for name, value in images_and_prompts.items():
         if isinstance(value, np.ndarray):
@@ -471,6 +473,20 @@ def save_chosen(folder, **images_and_prompts):
         content[name] = value
     with common.atomic_write(folder / "chosen.pt") as unfinished:
         torch.save(content, unfinished)
+
+
+def load_chosen(cfg, folder):
+    """What `save_chosen` kept, if it was chosen with these settings: images uint8 (N, 3, H, W)."""
+    common.check_settings(folder, cfg)
+    path = folder / "chosen.pt"
+    with common.reading(path, "delete it, then its images are chosen anew"):
+        chosen = torch.load(path, weights_only=True)
+        images, rejected, prompts = (chosen[name] for name in ("images", "rejected", "prompts"))
+        side = images.shape[-1]
+        if not images.shape == rejected.shape == (len(prompts), 3, side, side):
+            raise ValueError("images and prompts do not fit together")
+        " ".join(prompts)                            # all of them are strings
+        return images.byte(), rejected.byte(), prompts
 
 
 def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
@@ -499,14 +515,14 @@ def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
             order = aggregate_ranks(scores, rewards.weights).argsort(axis=1, kind="stable")
             gain.draw_candidates(rewards, candidates, scores, order, asked,
                                  folder / "samples" / f"round{n + 1}.png")
-            save_chosen(round_folder, images=candidates[kept, best],
+            save_chosen(cfg, round_folder, images=candidates[kept, best],
                         rejected=candidates[kept, worst], prompts=[asked[i] for i in kept])
-        chosen = torch.load(round_folder / "chosen.pt", weights_only=True)
-        images.append(chosen["images"])
-        rejected.append(chosen["rejected"])
-        prompts += chosen["prompts"]
+        best_images, worst_images, own_prompts = load_chosen(cfg, round_folder)
+        images.append(best_images)
+        rejected.append(worst_images)
+        prompts += own_prompts
         if cfg.learn == "sft":
-            n_real = round(cfg.real * len(chosen["prompts"]))
+            n_real = round(cfg.real * len(own_prompts))
             for i in round_prompts(cfg, dataset, n)[1][:n_real]:
                 image, caption, _ = dataset[i, cfg.seed]
                 images.append(image[None])

@@ -43,12 +43,10 @@ def as_seen(image):
     image.load()
     # the value alone: ImageOps.exif_transpose also rewrites the EXIF, which fails if it is damaged
     turn = TURNS.get(image.getexif().get(0x0112))
-    if image.mode == "F":
-        raise ValueError("floating point (HDR): convert it to 8 bits")
-    if image.mode.startswith("I"):                      # grey of 16 bits
+    if image.mode in ("F", "I"):                        # which number is white is not known
+        raise ValueError("floating point (HDR) or 32 bits a pixel: convert it to 8 bits")
+    if image.mode.startswith("I;16"):                   # grey of 16 bits
         grey = np.array(image, np.int64)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("32 bits a pixel: convert it to 8")
         grey[grey == image.info.get("transparency", -1)] = 65535
         image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.has_transparency_data:

@@ -117,6 +117,13 @@ class Config:
     method: str = "llm_adapter"
 
     def __post_init__(self):
+        bounds = {}
+        for name in ("steps", "lr", "muon_lr"):
+            bounds[name] = (0, 2**31)                 # 0 but for the stage that runs
+            bounds |= {f"{name}_{n}": common.BOUNDS[name] for n in (1, 2, 3)}
+        common.check_bounds(
+            self, **bounds, width=(2, 10**6), conv_kernel=(1, 1000), encoder_blocks=(0, 1000),
+            decoder_blocks=(1, 1000), english_share=(0, 1), best=(0, 1))
         if self.width % self.heads or self.width % 2:
             raise UserError(f"--width {self.width} must be even and a multiple of --heads "
                             f"{self.heads}")
@@ -377,7 +384,8 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
             stage_data = base.dataset(data, cfg.quality_split, best)
         train_stage(n, cfg, model, base, llm, stage_data, stage_folder, args)
         for name in ("config.json", "uvit.json", "model.safetensors"):  # <folder> is a run, too
-            shutil.copy(stage_folder / name, folder / name)
+            with common.atomic_write(folder / name) as unfinished:
+                shutil.copy(stage_folder / name, unfinished)
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
     return Pipeline(model["uvit"], text_encoder, base.cfg, base.device, base.precision, base.vae)
 

@@ -98,6 +98,12 @@ class Config:
     llm_identity: str = ""
     method: str = "sur_adapter"
 
+    def __post_init__(self):
+        common.check_bounds(self, layers=(0, 1000), feed_forward=(1, 10**6), images=(1, 2**20),
+                            texts=(0, 2**20), temperature=(1e-6, 1e6), eta=(1e-6, 1e6))
+        if not (self.noise_weight or self.prompt_weight or self.llm_weight):
+            raise UserError("--noise-weight, --prompt-weight, --llm-weight: one must be above 0")
+
 
 PRESETS = {
     "toy": {},
@@ -256,7 +262,8 @@ def load_triples(pipeline, root):
                             '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
         items.append((path, [(captions[0], line["prompt"])], line))
     path = Path(root) / "narratives.txt"
-    texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = common.read_text(path).splitlines() if path.exists() else []
+    texts = [image_data.one_line(line) for line in lines if line.strip()]
     return pipeline.dataset(root, "train", items), texts
 
 

@@ -136,18 +136,18 @@ class Config:
     def __post_init__(self):
         if self.autoencoder and self.clip_x0:
             raise UserError("--autoencoder: latents leave [-1, 1]: add --no-clip-x0")
-        if self.patch < 1 or self.size % self.patch:
+        common.check_bounds(
+            self, channels=(1, 1000), text_dim=(1, 10**6), text_length=(1, 10**6),
+            patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000), caption_blocks=(0, 1000),
+            accumulate=(1, 2**20), latent_scale=(1e-6, 1e6))
+        if self.size < 1 or self.size % self.patch:
             raise UserError(f"--size {self.size} is no multiple of --patch {self.patch}")
-        if self.heads < 1 or self.dim % self.heads or self.dim % 2:
+        if self.dim % self.heads or self.dim % 2:
             raise UserError(f"--dim {self.dim} must be even and a multiple of --heads {self.heads}")
         if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2:
             raise UserError(f"--depth {self.depth} must be even, and --image-blocks "
                             f"{self.image_blocks} at most half of it")
         check_interval(self.guidance_interval)
-        if max(self.depth, self.caption_blocks) > 1000 or self.batch_size > 2**20:
-            raise UserError("--depth and --caption-blocks end at 1000, --batch-size at 2^20")
-        if min(self.steps, self.batch_size, self.accumulate) < 1:
-            raise UserError("--steps, --batch-size and --accumulate must be at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --accumulate "
                             f"{self.accumulate}")
@@ -840,17 +840,18 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
+    # before latents are computed: bad data stop here, not after hours
+    validation = Validation(pipeline, data, folder, args.validation_samples)
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    validation = Validation(pipeline, data, folder, args.validation_samples)
     network = compile_network(model, device, args.compile)       # shares the weights of model
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
                             args.workers, rank, world_size)
-
+    validation.begin = time.perf_counter()
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
         torch.manual_seed((cfg.seed * 10**9 + step) * world_size + rank)
@@ -897,8 +898,11 @@ class Validation:
         self.data = data
         self.folder = Path(folder)
         self.every = max(1, pipeline.cfg.steps // 10)
-        self.dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
-        self.samples = samples if "scene" in self.dataset.items[0][2] else 0
+        items = image_data.CaptionedImages(data, "val", pipeline.image_size).items
+        # so few stay in memory, also if they are large
+        self.dataset = image_data.CaptionedImages(data, "val", pipeline.image_size, items[:256])
+        self.samples = samples if "scene" in items[0][2] else 0
+        self.first = max(0, len(items) - samples)
         self.curve = [(0.0, 0.0)]
         self.laps = []                                           # seconds between validations
         self.begin = time.perf_counter()
@@ -915,8 +919,7 @@ class Validation:
         common.image_grid(self.pipeline.generate(prompts), prompts, grid, columns=8)
         figures["validation"] = validation_loss(self.pipeline, self.dataset)
         if self.samples:
-            first = max(0, len(self.dataset) - self.samples)
-            graded, _ = judge.accuracy(self.pipeline, self.data, self.samples, first)
+            graded, _ = judge.accuracy(self.pipeline, self.data, self.samples, self.first)
             figures["right"] = graded["all"] / 100
             self.curve.append((sum(self.laps), graded["all"]))
         self.begin = time.perf_counter()
@@ -1024,8 +1027,6 @@ def main():
         print(f"{cfg.steps} steps of {cfg.batch_size} images on {device} x {world_size} "
               f"in {str(precision).removeprefix('torch.')}, into {folder}/")
     size = cfg.size * (8 if cfg.autoencoder else 1)              # 8 x 8 pixels make a latent
-    if cfg.data not in toy.WORLDS:
-        image_data.CaptionedImages(cfg.data, "val", size)      # bad data stop here, not days later
     with rank_0_first(rank, world_size):
         data = toy.prepare(cfg.data, cfg.clip, size)
         if cfg.clip == "words":

@@ -31,11 +31,15 @@ from PIL import Image
 
 import autoencoder
 import common
-import dsd
+import encoders
 import eval as grading
+import fine_rewards
 import image_data
 import llm_adapter
 import sample
+import sur_adapter
+from experiments import dsd as rivals
+from toy import matching
 from toy.models import train_tokenizer
 
 ODD = [None, True, "", "x", "\ud800", "../..", -1, 0, 0.5, 3, 1e300, 10**40, float("nan"), [], {},
@@ -120,6 +124,7 @@ class Files:
         self.images()
         self.models()
         self.run_folder()
+        self.text_models()
         self.methods()
 
     def add(self, kind, path, read):
@@ -216,11 +221,29 @@ class Files:
                 run.save(step)
         run.plot()
 
+    def text_models(self):
+        """Files of a CLIP: as a text encoder, as a scorer, and the head on its features."""
+        folder = self.folder / "clip"
+        load = encoders.TextEncoder                  # which `main` replaces for the other kinds
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            self.add(f"clip's {name}", folder / name, lambda: load(folder)(["a picture"]))
+        self.add("clip's weights", folder / "model.safetensors",
+                 lambda: encoders.ClipScorer(folder).texts(["a picture"]))
+        shutil.copytree(folder, self.folder / "words")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            self.add(f"words' {name}", self.folder / "words" / name,
+                     lambda: load(self.folder / "words")(["a picture"]))
+        clip = encoders.ClipScorer(folder)
+        scorer = self.folder / "scorer.safetensors"
+        common.save_tensors({"weight": torch.ones(1, clip.dim), "bias": torch.ones(1)}, scorer)
+        images = np.zeros((1, 24, 24, 3), np.uint8)
+        self.add("scorer", scorer, lambda: encoders.AestheticScorer(scorer, clip)(images))
+
     def methods(self):
         groups = self.folder / "groups.jsonl"
         groups.write_text('{"pictures": ["a.png"], "texts": ["a dog", "a cat"], "right": 0}\n'
                           '{"pictures": ["a.png", "a.jpg"], "texts": ["a dog", "a cat"]}\n')
-        self.add("groups.jsonl", groups, lambda: dsd.read_groups(groups))
+        self.add("groups.jsonl", groups, lambda: matching.read_groups(groups))
         pairs = self.folder / "pairs.jsonl"
         pairs.write_text('{"text": "ein Hund", "english": "a dog"}\n' * 3)
         self.add("pairs.jsonl", pairs, lambda: common.read_json_lines(
@@ -228,8 +251,23 @@ class Files:
         items = image_data.CaptionedImages(self.folder / "coco", "train", 8).items
         scores = self.folder / "scores.json"
         scores.write_text(json.dumps({path.name: 0.5 for path, _, _ in items}))
-        cfg = llm_adapter.Config(quality=str(scores))
-        self.add("scores", scores, lambda: llm_adapter.best_items(cfg, items))
+        comvg = self.folder / "comvg.csv"
+        comvg.write_text("sentence,pos_triplet,neg_triplet,pos_image_id,neg_image_id\n"
+                         + 'a dog runs,"dog,run,grass","dog,sit,grass",a,b\n' * 3)
+        self.add("ComVG", comvg, lambda: rivals.read_comvg(comvg, self.folder))
+        rewards_cfg = fine_rewards.Config()
+        chosen = self.folder / "round1" / "chosen.pt"
+        images = np.zeros((2, 8, 8, 3), np.uint8)
+        fine_rewards.save_chosen(rewards_cfg, chosen.parent, images=images, rejected=images,
+                                 prompts=["a", "b"])
+        self.add("chosen.pt", chosen, lambda: fine_rewards.load_chosen(rewards_cfg, chosen.parent))
+        narratives = self.folder / "lists" / "narratives.txt"
+        narratives.write_text("a picture in other words\n\nand another\n")
+        self.add("narratives.txt", narratives,
+                 lambda: sur_adapter.load_triples(self.pipeline, self.folder / "lists"))
+        cfg = llm_adapter.Config(quality=str(scores), quality_split="train")
+        self.add("scores", scores, lambda: llm_adapter.best_items(
+            cfg, self.folder / "coco", 8))
 
 
 class TooLong(BaseException):
@@ -408,7 +446,7 @@ def main():
         clip = make_clip(folder / "clip")
         files = Files(folder, clip)
         encoder = files.pipeline.text_encoder        # to load it each time would take too long
-        with mock.patch.object(common, "TextEncoder", lambda *_: encoder):
+        with mock.patch.object(encoders, "TextEncoder", lambda *_: encoder):
             found = fuzz_files(files, args.seconds, rng, args.only)
         failures = print_outcomes("damaged files", *found, args.show)
         if not args.only or args.only == "commands":

@@ -178,7 +178,7 @@ def test_grey_of_16_bits_is_scaled_and_what_has_no_scale_is_refused(tmp_path):
         found = image_data.load_image(tmp_path / f"a.{ending}", 16)
         assert np.array_equal(found, np.repeat(grey[..., None] // 257, 3, -1))
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
-    Image.fromarray(grey.astype(np.int32) * 1000).save(tmp_path / "int.tif")
+    Image.fromarray(grey.astype(np.int32) // 300).save(tmp_path / "int.tif")
     for name, words in (("float.tif", "HDR"), ("int.tif", "32 bits")):
         with pytest.raises(image_data.BrokenImage, match=f"{name} .*{words}"):
             image_data.load_image(tmp_path / name, 16)
@@ -694,6 +694,22 @@ class Code:
         return os.mkdir, ("ran",)
 
 
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    SafetensorError("I/O error: No space left on device (os error 28)")])
+def test_a_file_that_cannot_be_written_is_one_line_and_the_old_one_stays(
+        tmp_path, capsys, error):
+    (tmp_path / "a").write_text("old")
+
+    def write():
+        with common.atomic_write(tmp_path / "a"):
+            raise error
+    with pytest.raises(SystemExit):
+        common.entry(write)
+    assert f"{tmp_path}/a cannot be written: {error}\n" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_weights_are_read_and_code_beside_them_is_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tensors = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
@@ -955,6 +971,8 @@ def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
     train("run")
     with pytest.raises(UserError, match="run/ holds a run already: --resume .* --overwrite"):
         train("run")
+    with pytest.raises(UserError, match="--resume goes on, --overwrite starts anew: choose one"):
+        common.check_run("run", argparse.Namespace(resume=True, overwrite=True))
     with pytest.raises(UserError, match="begun with steps = 50, now it is 60"):
         train("run", Config(steps=60), resume=True)
     with pytest.raises(UserError, match="trained in fp32, now .* bf16"):

@@ -639,7 +639,7 @@ def test_another_base_is_refused(world, tmp_path):
     ("dsd.py", ["a.jpg", "a man", *TUNE, "--out", "new"], ["one of --train"]),
     ("dsd.py", [*TUNE, "--out", "run"], ["run/ holds a run already"]),
     ("dsd.py", [*TUNE, "--out", "new", "--times", 500, 50], ["--times 500 50"]),
-    ("dsd.py", [*TUNE, "--out", "new", "--evaluations", 0], ["at least 1"]),
+    ("dsd.py", [*TUNE, "--out", "new", "--evaluations", 0], ["choose 1 to 1000"]),
     ("dsd.py", [*TUNE, "--out", "new", "--negatives", 30], ["--negatives 30"]),
     ("dsd.py", [*TUNE, "--out", "new", "--prompts", 0, "--lora-rank", 0, "--no-head-weights"],
      ["nothing is to be tuned"]),

@@ -603,6 +603,7 @@ def test_real_images_are_learned_from_beside_those_chosen(
     for learn, count in (("sft", 5), ("dpo", 3)):     # 0.7 x 3 beside 3
         shutil.copytree(whole.folder / "round1", tmp_path / learn / "round1")
         cfg = dataclasses.replace(cfg, learn=learn)
+        common.write_json(tmp_path / learn / "round1" / "config.json", dataclasses.asdict(cfg))
         raft(cfg, load_base(world), None, dataset, tmp_path / learn, RESUME)
         images, prompts = tuned_on[-1]
         assert len(images) == len(prompts) == count
@@ -654,6 +655,32 @@ def test_a_finished_run_samples_and_learns_no_more(world, whole, dataset, tmp_pa
     assert np.allclose(base.generate(PROMPTS, steps=2), whole.images, atol=2)
     with pytest.raises(UserError, match="lr = 0.01, now it is 0.1"):
         raft(small(world, lr=0.1), load_base(world), None, dataset, tmp_path / "run", RESUME)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda chosen: chosen.pop("prompts"), lambda chosen: chosen["prompts"].pop(),
+    lambda chosen: chosen["prompts"].__setitem__(0, 5), lambda chosen: chosen.update(rejected=[]),
+    lambda chosen: chosen.update(images=chosen["images"][:, :1]), bytes])
+def test_images_chosen_before_are_read_if_they_are_whole_and_of_these_settings(
+        world, whole, tmp_path, damage):
+    cfg = small(world)
+    folder = shutil.copytree(whole.folder / "round1", tmp_path / "round1")
+    images, rejected, prompts = fine_rewards.load_chosen(cfg, folder)
+    assert len(images) == len(rejected) == len(prompts) == 3
+    for name in ("state.pt", "model.safetensors"):    # killed before the first checkpoint
+        (folder / name).unlink()
+    common.check_run(tmp_path, RESUME)
+    for name in ("seed", "candidates", "keep"):
+        with pytest.raises(UserError, match=f"was begun with {name} = "):
+            fine_rewards.load_chosen(small(world, **{name: getattr(cfg, name) / 2 + 2}), folder)
+    if damage is bytes:                               # cut off
+        (folder / "chosen.pt").write_bytes((folder / "chosen.pt").read_bytes()[:1000])
+    else:
+        chosen = torch.load(folder / "chosen.pt", weights_only=True)
+        damage(chosen)
+        torch.save(chosen, folder / "chosen.pt")
+    with pytest.raises(UserError, match="chosen.pt: .*: delete it, then"):
+        fine_rewards.load_chosen(cfg, folder)
 
 
 # ------------------------------------------------------------------------------------ commands
