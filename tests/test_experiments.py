@@ -91,6 +91,7 @@ def test_comparisons_are_by_seed_and_hold_no_figure_that_is_not_known(tmp_path, 
     def curve(folder, *rest):
         name, seed = folder.name.split("-")
         return [[0, 0], [40, 50], [80, last[name][int(seed)]]]
+    monkeypatch.setattr(fusion, "TARGET", 70)
     monkeypatch.setattr(fusion, "train_variant", trained)
     monkeypatch.setattr(fusion, "accuracy_curve", curve)
     monkeypatch.setattr(fusion, "step_costs", lambda variants, *rest: {
