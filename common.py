@@ -319,6 +319,11 @@ def whole(text, lowest=-2**31):
     return int(text)
 
 
+def natural(text):
+    """The type of a flag that takes a whole number, 0 or above."""
+    return whole(text, lowest=0)
+
+
 def positive(text):
     """The type of a flag that takes a whole number above 0."""
     return whole(text, lowest=1)

@@ -102,6 +102,7 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
     transformers.utils.logging.disable_progress_bar()
     # the fused attention kernel is slow on CPUs at short sequences
     kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"
+    kwargs = {"attn_implementation": kernel} | kwargs
     trust = common.TRUST_REMOTE_CODE
     try:
         check_path(path)
@@ -115,8 +116,7 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
         if isinstance(processor, transformers.PreTrainedTokenizerBase):
             check_tokenizer(processor, config)
         model, info = getattr(transformers, kind).from_pretrained(
-            path, attn_implementation=kernel, output_loading_info=True, trust_remote_code=trust,
-            **kwargs)
+            path, output_loading_info=True, trust_remote_code=trust, **kwargs)
     except Exception as error:                          # a damaged file can raise nearly anything
         reason = reason_not_loaded(error)
         raise UserError(f"{flag} {path} cannot be loaded as a {name}: {reason}") from None
