@@ -78,6 +78,12 @@ def say_why(error):
     return text.splitlines()[0][:200]
 
 
+def is_failure(error):
+    """Whether an exception says that something failed, not that the process shall end."""
+    # what a damaged tokenizer raises: the panic of a library in Rust is no Exception
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 @contextlib.contextmanager
 def reading(name, hint):
     """Around the reading of a user's file: whatever it raises becomes one line.
@@ -87,9 +93,9 @@ def reading(name, hint):
     """
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, UserError) or not is_failure(error):
+            raise
         raise UserError(f"{name}: {say_why(error)}: {hint}") from None
 
 
@@ -359,17 +365,22 @@ def load_into(model, tensors, path):
 
 
 # ---------------------------------------------------------------------------------------- settings
-def whole(text, lowest=-2**31):
+def whole(text, lowest=-2**31, highest=2**32 - 1):
     """The type of a flag that takes a whole number, of 32 bits."""
-    if not re.fullmatch(r"-?\d{1,10}", text) or not lowest <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text[:20]} is no whole number of 32 bits above "
-                                         f"{lowest - 1}")
+    if not re.fullmatch(r"-?\d{1,10}", text) or not lowest <= int(text) <= highest:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is no whole number from {lowest} to "
+                                         f"{highest}")
     return int(text)
 
 
+def natural(text):
+    """The type of a flag that takes a whole number, 0 or above."""
+    return whole(text, lowest=0)
+
+
 def positive(text):
-    """The type of a flag that takes a whole number above 0."""
-    return whole(text, lowest=1)
+    """The type of a flag that counts something, of which more would fit into no memory."""
+    return whole(text, 1, 10**6)
 
 
 def finite(text):
@@ -439,8 +450,8 @@ def check_bounds(cfg, **own):
         value = getattr(cfg, name, lowest)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if not lowest <= number <= highest:
-                raise UserError(f"--{name.replace('_', '-')} {number:g}: choose {lowest:g} to "
-                                f"{highest:g}")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {number}: choose {lowest} to {highest}")
 
 
 def build_config(config_class, values, source="--"):
@@ -646,6 +657,9 @@ class Run:
                 for old in self.folder.glob(pattern):
                     old.unlink()
             write_json(self.folder / "config.json", dataclasses.asdict(cfg))
+        if rank == 0:                                   # what a kill has left
+            for unfinished in self.folder.rglob("*.unfinished"):
+                unfinished.unlink()
         self.saved = self.start                         # the step of the last checkpoint
         self.progress = tqdm(total=self.steps, initial=self.start, desc=title, unit="step",
                              disable=rank > 0 or self.start == self.steps)

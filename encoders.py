@@ -102,6 +102,7 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
     transformers.utils.logging.disable_progress_bar()
     # the fused attention kernel is slow on CPUs at short sequences
     kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"
+    kwargs = {"attn_implementation": kernel} | kwargs
     trust = common.TRUST_REMOTE_CODE
     try:
         check_path(path)
@@ -115,9 +116,10 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
         if isinstance(processor, transformers.PreTrainedTokenizerBase):
             check_tokenizer(processor, config)
         model, info = getattr(transformers, kind).from_pretrained(
-            path, attn_implementation=kernel, output_loading_info=True, trust_remote_code=trust,
-            **kwargs)
-    except Exception as error:                          # a damaged file can raise nearly anything
+            path, output_loading_info=True, trust_remote_code=trust, **kwargs)
+    except BaseException as error:                      # a damaged file can raise nearly anything
+        if not common.is_failure(error):
+            raise
         reason = reason_not_loaded(error)
         raise UserError(f"{flag} {path} cannot be loaded as a {name}: {reason}") from None
     # BERT's pooler is often left out, and nothing here reads it
@@ -129,11 +131,9 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
 
 def load_tokenizer(folder):
     import transformers
-    try:
+    with common.reading(f"--clip {folder}", "the tokenizer that --clip words wrote is not there, "
+                        "or damaged: put back the run's own folder"):
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception:                                   # as in `load_pretrained`
-        raise UserError(f"--clip {folder}: the tokenizer that --clip words wrote is not there, or "
-                        "damaged: put back the run's own folder") from None
 
 
 class OneHot(nn.Module):
@@ -247,6 +247,9 @@ class LLMEncoder:
             prompts = [instruction + text for text in ("a", "7", "")]
             ids_a, ids_7, alone = self.tokenizer(prompts).input_ids
             self.prefix = min(len(os.path.commonprefix([ids_a, ids_7])), len(alone) - 1)
+            if self.prefix >= self.length:
+                raise UserError(f"--instruction has {self.prefix} tokens, of which {path} reads "
+                                f"{self.length}: no prompt would be read")
         self.identity = common.fingerprint(self.model, f"{instruction}{layer % (layers + 1)}")
 
     @torch.no_grad()

@@ -234,6 +234,8 @@ def read_items(root, split):
         return read_coco(root, split)
     val = [root / name for name in ("validation", "valid", "val", "test") if (root / name).is_dir()]
     has_splits = (root / "train").is_dir() and bool(val)
+    if split not in ("train", "val"):
+        raise UserError(f"{root} has no split {split}, only train and val")
     folder = root
     if has_splits:
         folder = val[0] if split == "val" else root / "train"

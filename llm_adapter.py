@@ -459,6 +459,9 @@ def main():
         parser.print_help()
         return
     cfg = common.make_config(Config, PRESETS, args)
+    if cfg.data != "shapes":
+        common.refuse_flags(parser, args, ["samples", "sample_steps", "font"],
+                            "only the toy world is graded")
     folder = Path(args.out or "runs/llm_adapter")
     common.check_run(folder, args)
     args.font = common.load_font(args.font)         # a bad file stops here, not after training

@@ -454,7 +454,7 @@ def add_grade_flags(parser):
     parser.add_argument("--zero-shot", action="store_true",
                         help="match with --base as it is, without a tuned run")
     parser.add_argument("--base", default=dsd.Config.base, help="default %(default)s")
-    parser.add_argument("--times", type=int, nargs=2,
+    parser.add_argument("--times", type=common.positive, nargs=2,
                         help="lowest and highest t (default: the run's; denoising and itm 10 990)")
     parser.add_argument("--evaluations", type=common.positive,
                         help="values of t (default: the run's; denoising and itm 10)")

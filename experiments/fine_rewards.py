@@ -257,7 +257,7 @@ def main():
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions or images (default %(default)s)")
-    parser.add_argument("--first", type=int, default=0,
+    parser.add_argument("--first", type=common.natural, default=0,
                         help="number of the first of them (2048: to choose settings by)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS),
                         help="compare: those to train (default: all)")

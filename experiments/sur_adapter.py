@@ -129,7 +129,7 @@ def main():
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
-    parser.add_argument("--first", type=int, default=0,
+    parser.add_argument("--first", type=common.natural, default=0,
                         help="first validation scene that is graded (default %(default)s)")
     common.add_training_flags(parser, "folder of the runs (default runs/sur_<action>)")
     common.add_config_flags(parser, Config, PRESETS)

@@ -342,12 +342,12 @@ def base_commands(folder, clip):
     shutil.copy(base / "model.safetensors", base / "step2000.safetensors")
     shutil.copytree(folder / "lists", folder / "data")
     train = ["--train", "--overwrite", "--data", "data", "--batch-size", "2"]
-    few = ["--samples", "2", "--sample-steps", "1"]
-    adapter = [*train, *few, "--llm", llm, *device]
+    adapter = [*train, "--llm", llm, *device]
     return {
         "uvit_fusion.py": [*train, "--out", "new", "--clip", clip, *TINY, "--steps", "1", *device],
         "sample.py": ["a picture", "--sample-steps", "1", *device],
-        "eval.py": ["--quality", "--data", "coco", *few, *device],
+        "eval.py": ["--quality", "--data", "coco", "--samples", "2", "--sample-steps", "1",
+                    *device],
         "dsd.py": [*train, "--data", "groups.jsonl", "--steps", "1", "--negatives", "1",
                    *device],
         "llm_adapter.py": [*adapter, "--steps-1", "1", "--steps-2", "1", "--steps-3", "1",
@@ -357,6 +357,9 @@ def base_commands(folder, clip):
         "fine_rewards.py": [*train, "--llm", llm, *"--captioner x --segmenter x".split(),
                             *"--weights 0 0 1 0 --prompts 4 --candidates 2".split(),
                             "--steps", "1", "--rounds", "1", "--sample-steps", "1", *device],
+        "experiments.dsd": ["grade", "--groups", "groups.jsonl", "--zero-shot", *device],
+        "experiments.own_data": ["photographs", *train[1:], "--out", "photographs", "--clip", clip,
+                                 *TINY, "--steps", "1", *device],
     }
 
 
@@ -366,6 +369,10 @@ def actions_of(script, folder):
 
     def stop(parser):
         found.extend(parser._actions)
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for task in action.choices.values():
+                    found.extend(task._actions)
         raise SystemExit
     parse_args = argparse.ArgumentParser.parse_args
     argparse.ArgumentParser.parse_args = stop

@@ -422,6 +422,8 @@ T5 = dict(vocab_size=300, d_model=32, d_ff=48, d_kv=16, num_layers=2, num_heads=
 LLMS = {  # class of transformers: its settings, and what its tokenizer makes of a text
     "LlamaForCausalLM": (SIZES | dict(num_key_value_heads=1), "<|start|> $A"),
     "Qwen2ForCausalLM": (SIZES | dict(num_key_value_heads=1), "$A"),      # "" has no token
+    "Gemma3ForCausalLM": (SIZES | dict(num_key_value_heads=1, head_dim=16, sliding_window=8),
+                          "<|start|> $A"),
     "T5ForConditionalGeneration": (T5, "$A <|end|>"),
     "BertForMaskedLM": (SIZES, "<|start|> $A <|end|>"),
 }

@@ -11,6 +11,7 @@ import torch
 import common
 import encoders
 import image_data
+from common import UserError
 from toy import judge, shapes
 
 CAPTIONS = 64                    # held-out captions that diversity is measured on
@@ -57,7 +58,10 @@ def clip_distance(images, data, clip, first=0):
 
 def held_out(data, samples, first=0):
     """`judge.validation_scenes`, from the scene `first` on."""
-    return [part[first:] for part in judge.validation_scenes(data, first + samples)]
+    parts = [part[first:] for part in judge.validation_scenes(data, first + samples)]
+    if not parts[0]:
+        raise UserError(f"--first {first}: {data} has fewer validation scenes")
+    return parts
 
 
 def measure(pipeline, data, samples, rewards=None, first=0, **sampling):

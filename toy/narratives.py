@@ -9,6 +9,7 @@ from tqdm import trange
 
 import common
 import encoders
+from common import UserError
 from toy import judge
 from toy.gain import clip_distance
 from toy.language import IN_PLAIN_WORDS, narrative_prompts
@@ -31,6 +32,8 @@ def grade(pipeline, data, samples, first=0, kinds=KINDS, rewrite=None, **samplin
     sampling: more for `pipeline.generate`.
     """
     scenes, captions, unseen = judge.validation_scenes(data, first + samples)
+    if first >= len(scenes):
+        raise UserError(f"--first {first}: {data} has only {len(scenes)} validation scenes")
     images = {}
     tables = {}
     for kind in kinds:
