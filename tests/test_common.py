@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import errno
 import http.server
+import importlib
 import json
 import math
 import os
@@ -787,6 +788,29 @@ def test_the_comment_behind_a_setting_is_the_help_of_its_flag(capsys, tmp_path):
             parser.parse_args([flag])
     with pytest.raises(UserError, match="--steps: -1 is below 0"):
         common.make_config(Config, PRESETS, parser.parse_args(["--steps", "-1"]))
+
+
+@pytest.mark.parametrize("method", ["llm_adapter", "sur_adapter", "fine_rewards", "dsd"])
+def test_quick_changes_the_defaults_and_no_flag_that_is_given(tmp_path, monkeypatch, method):
+    settings = []
+    folders = []
+    make_config = common.make_config
+    monkeypatch.setattr(common, "make_config", lambda *args: (
+        settings.append(dataclasses.asdict(make_config(*args))), make_config(*args))[1])
+
+    def check_run(folder, args):
+        folders.append((str(folder), args.samples))
+        raise UserError("enough")
+    monkeypatch.setattr(common, "check_run", check_run)
+    for flags in ([], ["--quick"], ["--quick", "--warmup", 7, "--samples", 9, "--out", "mine"]):
+        run(f"{method}.py", "--train", *flags, cwd=tmp_path)
+    module = importlib.import_module(method)
+    quick = dict(module.QUICK)
+    assert folders == [(f"runs/{method}", 512 if method == "dsd" else 2048),
+                       (quick.pop("out"), quick.pop("samples")), ("mine", 9)]
+    usual = dataclasses.asdict(module.Config())
+    assert settings == [usual, usual | quick, usual | quick | {"warmup": 7}]
+    assert all(value < usual[name] for name, value in quick.items())
 
 
 # ----------------------------------------------------------------------------------- a run folder

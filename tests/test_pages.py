@@ -1,4 +1,4 @@
-"""Every command that the README and the docs show is one that the scripts understand."""
+"""Every command that README, docs and course show is one that the scripts understand."""
 import argparse
 import re
 import shlex
@@ -14,7 +14,7 @@ ROOT = Path(common.__file__).parent
 
 def shown_commands():
     commands = set()
-    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("course/*.md")]:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for found in re.findall(r"(?:python|_node \d+) (?:-m )?(\w+\.(?:py|\w+) [^`\n]*)", text):
             commands.add(shlex.join(shlex.split(found, comments=True)))
