@@ -416,7 +416,8 @@ def main():
         return
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
-        common.refuse_flags(parser, args, ["samples", "sample_steps"], "only the toy world is graded")
+        common.refuse_flags(
+            parser, args, ["samples", "sample_steps"], "only the toy world is graded")
     folder = Path(args.out or "runs/sur_adapter")
     common.check_run(folder, args)
     base, data, llm, cfg = prepare(cfg, args)
