@@ -816,8 +816,8 @@ def write_results(folder, figures):
     results["machine"] = machine()
     script = Path(sys.argv[0])
     program = script.name
-    if script.parent.name == "experiments":
-        program = f"-m experiments.{script.stem}"
+    if script.parent.name in ("experiments", "course"):
+        program = f"-m {script.parent.name}.{script.stem}".removesuffix(".__main__")
     results["command"] = f"python {program} {shlex.join(sys.argv[1:])}".strip()
     write_json(path, results)
 

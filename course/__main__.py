@@ -4,7 +4,7 @@
     python -m course check 1.2                   # there: the tests of an exercise, in seconds
     python -m course grade out --json marks.json      # fill and mend exercises, in two minutes
     python -m course prove                       # the tests take right code, and no wrong code
-    python -m course pack                        # trained weights as a zip, for who cannot wait
+    python -m course pack                        # trained weights as a zip, for the impatient
 
 EXERCISES.md says what is to be done, and which functions and tests an exercise has. TEACHERS.md has
 the answers, and wrong code that the tests must notice. The code itself has no markers: what is
@@ -266,6 +266,7 @@ def grade(submission, exercises, path=None, limit=120):
             print(f"{exercise.number}  {marks:g} of {exercise.graded}  {line}", flush=True)
             tests.append({"name": f"{exercise.number} {exercise.title}", "score": marks,
                           "max_score": exercise.graded, "output": line})
+    print(f"{sum(test['score'] for test in tests):g} of {sum(test['max_score'] for test in tests)}")
     if path:
         Path(path).write_text(json.dumps({"tests": tests}, indent=2) + "\n")
 
