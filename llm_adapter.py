@@ -122,8 +122,8 @@ class Config:
             bounds[name] = (0, 2**31)                 # 0 but for the stage that runs
             bounds |= {f"{name}_{n}": common.BOUNDS[name] for n in (1, 2, 3)}
         common.check_bounds(
-            self, **bounds, batch_size=(2, 2**20), width=(2, 10**6), conv_kernel=(1, 1000), encoder_blocks=(0, 1000),
-            decoder_blocks=(1, 1000), english_share=(0, 1), best=(0, 1))
+            self, **bounds, batch_size=(2, 2**20), width=(2, 10**6), conv_kernel=(1, 1000),
+            encoder_blocks=(0, 1000), decoder_blocks=(1, 1000), english_share=(0, 1), best=(0, 1))
         if self.width % self.heads or self.width % 2:
             raise UserError(f"--width {self.width} must be even and a multiple of --heads "
                             f"{self.heads}")

@@ -809,9 +809,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
-    # bad data stop here, not after days; so few images are kept in memory
-    held_out = image_data.CaptionedImages(data, "val", pipeline.image_size)
-    held_out = image_data.CaptionedImages(data, "val", held_out.size, held_out.items[:256])
+    held_out = first_validation_images(data, pipeline.image_size)    # bad data stop here
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
@@ -858,6 +856,12 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     return pipeline
 
 
+def first_validation_images(data, size):
+    """256 of them at the most, which are few enough to stay in memory once they are decoded."""
+    items = image_data.CaptionedImages(data, "val", size).items[:256]
+    return image_data.CaptionedImages(data, "val", size, items)
+
+
 @torch.no_grad()
 def validate(pipeline, dataset, path):
     """Draws validation captions into `path`; returns the validation loss, a scalar.
@@ -866,7 +870,7 @@ def validate(pipeline, dataset, path):
     """
     prompts = validation_captions(dataset, 16)
     common.image_grid(pipeline.generate(prompts), prompts, path, columns=8)
-    examples = [dataset[i, i] for i in range(min(256, len(dataset)))]
+    examples = [dataset[i, i] for i in range(len(dataset))]
     images, captions, _ = zip(*examples)
     torch.manual_seed(0)
     x_0 = pipeline.encode(torch.stack(images))

@@ -379,7 +379,8 @@ def actions_of(script, folder):
     argparse.ArgumentParser.parse_args = stop
     run(script, cwd=folder)
     argparse.ArgumentParser.parse_args = parse_args
-    return [action for action in found if action.option_strings and action.dest not in ("help", "compile")]
+    return [action for action in found
+            if action.option_strings and action.dest not in ("help", "compile")]
 
 
 def odd_flag(action, rng):
