@@ -141,7 +141,7 @@ PRESETS = {
         data="coco", quality="scores.json", quality_split="train"),
 }
 # --quick: the same in small
-QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=300, steps_2=20, steps_3=10,
+QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=240, steps_2=10, steps_3=10,
              warmup=10)
 
 
