@@ -595,7 +595,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
 @pytest.mark.parametrize("caption_blocks", [0, 1])
 def test_a_training_can_start_from_published_weights(tmp_path, coco, clip_folder, caption_blocks):
     """The published U-ViT has no caption blocks; another run may have them."""
-    still = PLAIN | dict(init=str(tmp_path / "other.pth"), lr=0.0, weight_decay=0.0)
+    still = PLAIN | dict(init=str(tmp_path / "other.pth"), lr=1e-12, weight_decay=0.0)
     other = tiny_cfg(clip_folder, image_blocks=0, caption_blocks=caption_blocks)
     other = UViT(other).state_dict()
     torch.save(other, tmp_path / "other.pth")
