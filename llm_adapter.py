@@ -122,8 +122,8 @@ class Config:
             bounds[name] = (0, 2**31)                 # 0 but for the stage that runs
             bounds |= {f"{name}_{n}": common.BOUNDS[name] for n in (1, 2, 3)}
         common.check_bounds(
-            self, **bounds, width=(2, 10**6), conv_kernel=(1, 1000), encoder_blocks=(0, 1000),
-            decoder_blocks=(1, 1000), english_share=(0, 1), best=(0, 1))
+            self, **bounds, batch_size=(2, 2**20), width=(2, 10**6), conv_kernel=(1, 1000),
+            encoder_blocks=(0, 1000), decoder_blocks=(1, 1000), english_share=(0, 1), best=(0, 1))
         if self.width % self.heads or self.width % 2:
             raise UserError(f"--width {self.width} must be even and a multiple of --heads "
                             f"{self.heads}")
@@ -141,7 +141,7 @@ PRESETS = {
         data="coco", quality="scores.json", quality_split="train"),
 }
 # --quick: the same in small
-QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=300, steps_2=20, steps_3=10,
+QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=240, steps_2=10, steps_3=10,
              warmup=10)
 
 
@@ -460,8 +460,8 @@ def main():
         return
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
-        common.refuse_flags(parser, args, ["samples", "sample_steps", "font"],
-                            "only the toy world is graded")
+        common.refuse_flags(parser, args, ["sample_steps", "font"],
+                            "it belongs to the toy world")
     folder = Path(args.out or "runs/llm_adapter")
     common.check_run(folder, args)
     args.font = common.load_font(args.font)         # a bad file stops here, not after training

@@ -257,7 +257,7 @@ def load_triples(pipeline, root):
     """
     items = []
     for path, captions, line in pipeline.dataset(root, "train").items:
-        if "prompt" not in line:
+        if not isinstance(line.get("prompt"), str):
             raise UserError(f"--data {root}: expected metadata.jsonl with lines "
                             '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
         items.append((path, [(captions[0], line["prompt"])], line))
@@ -416,8 +416,7 @@ def main():
         return
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
-        common.refuse_flags(
-            parser, args, ["samples", "sample_steps"], "only the toy world is graded")
+        common.refuse_flags(parser, args, ["sample_steps"], "it belongs to the toy world")
     folder = Path(args.out or "runs/sur_adapter")
     common.check_run(folder, args)
     base, data, llm, cfg = prepare(cfg, args)

@@ -263,8 +263,9 @@ class Files:
         self.add("chosen.pt", chosen, lambda: fine_rewards.load_chosen(rewards_cfg, chosen.parent))
         narratives = self.folder / "lists" / "narratives.txt"
         narratives.write_text("a picture in other words\n\nand another\n")
-        self.add("narratives.txt", narratives,
-                 lambda: sur_adapter.load_triples(self.pipeline, self.folder / "lists"))
+        for path in (narratives, self.folder / "lists" / "metadata.jsonl"):
+            self.add(f"triples: {path.name}", path,
+                     lambda: sur_adapter.load_triples(self.pipeline, self.folder / "lists"))
         cfg = llm_adapter.Config(quality=str(scores), quality_split="train")
         self.add("scores", scores, lambda: llm_adapter.best_items(
             cfg, self.folder / "coco", 8))
@@ -364,7 +365,7 @@ def base_commands(folder, clip):
 
 
 def actions_of(script, folder):
-    """The flags that a script knows."""
+    """The flags that a script knows, but for --compile, which takes minutes."""
     found = []
 
     def stop(parser):
@@ -378,7 +379,8 @@ def actions_of(script, folder):
     argparse.ArgumentParser.parse_args = stop
     run(script, cwd=folder)
     argparse.ArgumentParser.parse_args = parse_args
-    return [action for action in found if action.option_strings and action.dest != "help"]
+    return [action for action in found
+            if action.option_strings and action.dest not in ("help", "compile")]
 
 
 def odd_flag(action, rng):

@@ -307,6 +307,8 @@ def test_a_data_set_as_the_hub_writes_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["metadata.csv", "a.caption", "a.jpg.txt"])
 def test_other_layouts_are_refused_with_the_way_out(tmp_path, name):
+    with pytest.raises(UserError, match="has no split vall, only train and val"):
+        CaptionedImages(tmp_path, "vall", 8)
     write_image(tmp_path / "a.jpg")
     (tmp_path / name).write_text("file_name,text\na.jpg,a caption\n")
     with pytest.raises(UserError, match=f"{name}.*a.txt beside a.jpg .*metadata.jsonl"):
@@ -469,6 +471,8 @@ def test_an_instruction_is_read_and_cut_off_again(llms, kind):
     begin = LLMS[kind][1].startswith("<|start|>")    # it stands before the instruction
     assert told.shape[1] == plain.shape[1] - begin and mask[0].all()
     assert (told[0] - plain[0, begin:]).abs().amax(-1).min() > 0.01   # every token has read it
+    with pytest.raises(UserError, match="--instruction has .* tokens, of which .* reads 64"):
+        LLMEncoder(llms[kind], instruction="horse " * 100)
     features, mask = LLMEncoder(llms[kind], instruction="describe:")([""])
     assert features.shape == (1, 1, 32) and mask.all()   # something is left of no text at all
 
@@ -872,10 +876,13 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, c
 def test_a_killed_run_goes_on_from_its_checkpoint_and_logs_no_step_twice(tmp_path):
     with pytest.raises(RuntimeError):
         train(tmp_path / "run", events={45: power_cut})
+    (tmp_path / "run" / "samples").mkdir()
+    (tmp_path / "run" / "samples" / "step_40.png.unfinished").touch()
     assert load_file(tmp_path / "run" / "model.safetensors")["weight"].item() == 465   # step 30
     assert train(tmp_path / "run", resume=True) == 1275
     rows = (tmp_path / "run" / "metrics.csv").read_text().split()[1:]
     assert [row.split(",")[0] for row in rows] == ["20", "40", "50"]
+    assert not list((tmp_path / "run").rglob("*.unfinished"))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path):
@@ -1071,6 +1078,21 @@ def test_a_slip_is_one_line_with_status_2_and_ctrl_c_has_130(capsys):
         assert end.value.code == status
     assert capsys.readouterr().err.endswith(": error: --size 9 is no multiple of --patch 2\n")
     assert common.entry(lambda: 3) == 3
+
+
+class PanicException(BaseException):
+    """As a library in Rust raises it."""
+
+
+def test_whatever_reading_a_file_raises_is_one_line_but_the_wish_to_stop():
+    for error in (KeyError("a"), RecursionError("too deep"), PanicException("no entry found")):
+        with pytest.raises(UserError, match="^a.json: .*: copy it again$"):
+            with common.reading("a.json", "copy it again"):
+                raise error
+    for error in (UserError("a slip"), KeyboardInterrupt("stop")):
+        with pytest.raises(type(error), match=str(error)):
+            with common.reading("a.json", "copy it again"):
+                raise error
 
 
 def test_device_and_precision_are_the_asked_ones():

@@ -317,6 +317,13 @@ def test_a_new_matcher_without_prompts_is_zero_shot(matcher, candidates):
     assert_close(match(new, candidates), match(base, candidates), **CLOSE)
 
 
+def test_a_network_that_gives_nan_has_no_scores(matcher, candidates):
+    damaged = dsd.zero_shot(Config(), matcher.pipeline)
+    damaged.uvit.pos_embed.data[0, 0] = math.nan
+    with pytest.raises(common.UserError, match="gives nan, no scores: .*--precision fp32"):
+        match(damaged, candidates)
+
+
 # --------------------------------------------------------------------------------------- the tasks
 def test_a_constant_score_gets_nothing():
     pairs = [{"pictures": ["a"], "texts": ["x", "y"], "right": right} for right in (0, 1)]

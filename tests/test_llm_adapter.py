@@ -372,7 +372,8 @@ def test_slips_and_another_llm_or_base_are_refused_in_one_line(world, clip_folde
     refused(train(world, "--quality", "beauty", out="new"), "--quality beauty: 12 of 12")
     refused(train(world, "--parallel", "nowhere", out="new"), "--parallel nowhere")
     refused(train(world, "--base", "nowhere", out="new"), "nowhere")
-    refused(train(world, "--font", "nowhere.ttf", out="new"), "--font nowhere.ttf")
+    refused(train(world, "--data", "shapes", "--font", "nowhere.ttf", out="new"),
+            "--font nowhere.ttf")
     assert not (world / "new").exists()
     shutil.copytree(world / "llm", world / "put_away")
     save_llm(world / "llm", seed=5)

@@ -83,7 +83,8 @@ def test_processes_that_are_killed_leave_whole_checkpoints_and_resume_to_the_sam
     (sur_adapter, {"noise_weight": 0, "prompt_weight": 0, "llm_weight": 0}),
     (llm_adapter, {"heads": 0}), (llm_adapter, {"width": 0}), (llm_adapter, {"width": 10**8}),
     (llm_adapter, {"steps_2": 0}), (llm_adapter, {"lr_1": 0}), (llm_adapter, {"best": 2}),
-    (llm_adapter, {"conv_kernel": 0}), (llm_adapter, {"decoder_blocks": 10**5}),
+    (llm_adapter, {"conv_kernel": 0}), (llm_adapter, {"batch_size": 1}),
+    (llm_adapter, {"decoder_blocks": 10**5}),
     (dsd, {"evaluations": 10**8}), (dsd, {"prompts": 10**6}), (dsd, {"negatives": 0}),
     (dsd, {"weight_lr": 0}), (dsd, {"batch_size": 10**9}), (dsd, {"ema": 0}),
     (fine_rewards, {"candidates": 1}), (fine_rewards, {"rank": 0}), (fine_rewards, {"keep": 2}),
@@ -93,6 +94,14 @@ def test_settings_that_cannot_be_or_teach_nothing_are_refused(method, settings):
     flag = next(iter(settings)).replace("_", "-")
     with pytest.raises(UserError, match=f"^--{flag}"):
         common.build_config(method.Config, settings)
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("sur_adapter.py", ["--sample-steps", 5]), ("llm_adapter.py", ["--sample-steps", 5]),
+    ("llm_adapter.py", ["--font", "a.ttf"])])
+def test_flags_of_the_toy_world_are_refused_with_other_data(tmp_path, script, flags):
+    refused(run(script, "--train", "--data", "mine", *flags, cwd=tmp_path),
+            f"{flags[0]} plays no part here")
 
 
 # ------------------------------------------------------------------------------------------- emoji

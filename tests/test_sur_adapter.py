@@ -18,6 +18,7 @@ import image_data
 import sur_adapter
 import toy.narratives
 import uvit_fusion
+from common import UserError
 from experiments import sur_adapter as experiment
 from sur_adapter import Adapter, Config, feature_kl, fit_projection, losses, pad_with_last_token
 from toy import judge, language
@@ -236,6 +237,20 @@ def world(tmp_path_factory, clip_folder, llm_folder):
 def train(folder, llm, *more, out="run"):
     return run("sur_adapter.py", "--train", "--base", "base", "--llm", llm, "--data", "surd",
                "--out", out, *FLAGS, *more, cwd=folder)
+
+
+def test_narratives_are_read_as_captions_are(world, clip_folder, tmp_path):
+    root = shutil.copytree(world / "surd", tmp_path / "surd")
+    base = tiny_pipeline(clip_folder)
+    (root / "narratives.txt").write_bytes("\ufeffa  woman\non a mule\n\n \n".encode())
+    assert sur_adapter.load_triples(base, root)[1] == ["a woman", "on a mule"]
+    (root / "narratives.txt").write_bytes(b"a woman\n\xff\n")
+    with pytest.raises(UserError, match="narratives.txt, line 2: not in UTF-8"):
+        sur_adapter.load_triples(base, root)
+    lines = (root / "metadata.jsonl").read_text().replace('"man, horse, x3"', "3")
+    (root / "metadata.jsonl").write_text(lines)
+    with pytest.raises(UserError, match='expected metadata.jsonl .*"prompt": .keywords.'):
+        sur_adapter.load_triples(base, root)
 
 
 def test_a_training_leaves_the_adapter_alone_and_what_names_its_base_and_llm(world):
