@@ -468,7 +468,7 @@ def build_config(config_class, values, source="--"):
 def make_config(config_class, presets, args):
     """The settings of args.preset, with the flags that were given on top."""
     preset = args.preset or "toy"
-    if not args.preset and getattr(args, "data", "shapes") != "shapes":
+    if not args.preset and getattr(args, "data", "shapes") not in ("shapes", "simple"):
         preset = "pictures" if "pictures" in presets else "toy"
     elif not args.preset and getattr(args, "quick", False):
         preset = "quick" if "quick" in presets else "toy"

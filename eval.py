@@ -1,4 +1,4 @@
-"""Grades any run: by the toy world's exact judge, or by CLIP score, CMMD and FID.
+"""Grades any run that draws: by the exact judge, by noise level, or by CLIP score, CMMD, FID.
 
     python eval.py                         # 2 048 held-out captions, graded by the exact judge
     python eval.py --run runs/uvit_fusion/step2000.safetensors --samples 512

@@ -44,7 +44,7 @@ def as_seen(image):
     # the value alone: ImageOps.exif_transpose also rewrites the EXIF, which fails if it is damaged
     turn = TURNS.get(image.getexif().get(0x0112))
     if image.mode in ("F", "I"):                        # which number is white is not known
-        raise ValueError("floating point (HDR) or 32 bits a pixel: convert it to 8 bits")
+        raise ValueError("grey of 32 bits or floating point (HDR): convert it to 8 bits")
     if image.mode.startswith("I;16"):                   # grey of 16 bits
         grey = np.array(image, np.int64)
         grey[grey == image.info.get("transparency", -1)] = 65535

@@ -1,4 +1,4 @@
-"""Prompts to images, from any run of any method.
+"""Prompts to images, from any run that draws (all methods but dsd.py).
 
     python sample.py "two red circles above a blue square" "three green triangles"
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
@@ -152,16 +152,16 @@ def varied_args(parser, args):
 
 
 def check_layout(args, film):
-    """Refuses flags that the asked layout of the grid would leave without use."""
+    """Refuses flags that the chosen layout does not use."""
     if args.trajectory and args.vary:
-        raise UserError("--trajectory and --vary: a row is either an image or a value, choose one")
+        raise UserError("--trajectory and --vary: a row would be an image and a value: choose one")
     if args.columns and (args.vary or args.trajectory and not film):
         layout = "--vary: a row is a value" if args.vary else "--trajectory: a row is an image"
         raise UserError(f"--columns plays no part with {layout}")
 
 
 def draw_trajectory(trajectory, prompts, out, font):
-    """A row for each image, the predicted x_0 from step to step; trajectory: see `generate`."""
+    """A row for each image: its predicted x_0, step by step. trajectory: from `generate`."""
     frames = [images[i] for i in range(len(prompts)) for images in trajectory]
     labels = [f"step {k + 1}" for k in range(len(trajectory))] * len(prompts)
     common.image_grid(frames, labels, out, len(trajectory), titles=prompts, font=font)
@@ -179,7 +179,7 @@ def save_film(trajectory, prompts, out, columns, font):
 
 
 def generate_rows(rows, prompts, trajectory):
-    """Images of all prompts for each of `rows`, the arguments of a row: they have equal noise."""
+    """Images of all prompts, row after row, from the same noise; rows: the args of each row."""
     images = []
     loaded = None
     for args in rows:

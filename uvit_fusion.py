@@ -27,7 +27,8 @@ Shapes: images x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text fe
 
     python uvit_fusion.py --train             # toy world, two CPU cores: 13 to 19 min, 88 % right
     python uvit_fusion.py --train --quick     # simple scenes: half right within two minutes
-    python uvit_fusion.py --train --data path/to/coco --clip openai/clip-vit-large-patch14 --size 64
+    python uvit_fusion.py --train --data path/to/coco --size 64 \
+        --clip openai/clip-vit-large-patch14 --out runs/coco
     torchrun --nproc_per_node 4 uvit_fusion.py --train --preset coco --data path/to/coco \
         --autoencoder autoencoder_kl.pth --out runs/coco256
 
@@ -128,14 +129,15 @@ class Config:
     guidance_interval: tuple = (0.6, 1.0)  # guide where t / T lies within
     sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"  # ancestral, DDIM, DPM-Solver++ 2M
     # the data
-    data: str = "shapes"  # shapes (the toy world), or a folder: MS-COCO, or .txt beside images
+    data: str = "shapes"  # shapes, simple (toy worlds), or a folder: MS-COCO, .txt beside images
     clip: str = "runs/toy/clip"  # CLIP, T5, BERT: a folder or name on the hub; words: learned here
     # no flag: tells sample.py how to load a run
     method: str = "uvit_fusion"
 
     def __post_init__(self):
         if self.autoencoder and self.clip_x0:
-            raise UserError("--autoencoder: latents leave [-1, 1]: add --no-clip-x0")
+            raise UserError("--autoencoder: latents leave [-1, 1], so the network must be trained "
+                            "with --no-clip-x0")
         common.check_bounds(
             self, channels=(1, 1000), text_dim=(1, 10**6), text_length=(1, 10**6),
             patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000), caption_blocks=(0, 1000),
@@ -157,8 +159,8 @@ PRESETS = {
     "toy": {},
     # --quick: a patch for each cell of the scenes' grid, one group a scene
     "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, clip="words"),
-    # Pixels of your own. Where there is little noise the network must copy what it sees. Until it
-    # has learned that, sampling drifts to black or white: so it sees little noise more often.
+    # Images of your own. Where there is little noise the network must copy what it sees; until it
+    # has learned to, sampling drifts to black or white. time_power=1 shows little noise more often.
     "pictures": dict(size=32, time_power=1.0, steps=20_000, decay=0.2, snapshot_at=(0,),
                      sampler="dpm"),
     # U-ViT-S/2 on MS-COCO as published, with the fusion of this paper's released code
@@ -173,7 +175,7 @@ PRESETS = {
         data="coco", clip="openai/clip-vit-large-patch14",
     ),
 }
-# --quick, also with data of one's own: other defaults of flags
+# what --quick changes besides the preset, also with data of your own
 QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=800, warmup=80,
              snapshot_at=(0,))
 
@@ -737,9 +739,8 @@ def make_optimizers(model, cfg, muon_names=("block",)):
             matrices.append(parameter)
         else:
             rest.append(parameter)
-    with common.reading(f"--betas {cfg.betas}", "choose two numbers from 0 to below 1"):
-        optimizers = [torch.optim.AdamW(
-            rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
+    optimizers = [torch.optim.AdamW(
+        rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(common.Muon(
             matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
@@ -790,7 +791,7 @@ def rank_0_first(rank, world_size):
 
 
 def train_words(data, size, folder, keep):
-    """Writes <folder>/words, a tokenizer of the captions, for `encoders.TextEncoder`; its path.
+    """Writes <folder>/words, a tokenizer of the captions for `TextEncoder`; returns its path.
 
     keep: leave the one that is there.
     """
@@ -805,8 +806,9 @@ def train_words(data, size, folder, keep):
 
 
 def compile_network(model, device, wanted=None):
-    """torch.compile; None: on a GPU, where launching kernels takes longer than running small ones.
+    """torch.compile of `model`.
 
+    wanted: None means on a GPU only, where launching small kernels takes longer than running them;
     "reduce-overhead" launches all of them as one CUDA graph. Returns `model` itself if the compiler
     does not work, which a small layer tells within seconds.
     """
@@ -850,7 +852,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
-                            args.workers, rank, world_size)
+                                args.workers, rank, world_size)
     validation.begin = time.perf_counter()
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
@@ -891,7 +893,7 @@ class Validation:
     """What a training measures ten times, with the EMA weights, on images of the validation split.
 
     Writes samples/step_<n>.png. On the toy world, which can be graded, `curve` gets (seconds of
-    training so far, % right) of the last `samples` scenes, which no table reports.
+    training so far, % right) of the last `samples` scenes, which are not those of `report`.
     """
     def __init__(self, pipeline, data, folder, samples):
         self.pipeline = pipeline
@@ -899,13 +901,13 @@ class Validation:
         self.folder = Path(folder)
         self.every = max(1, pipeline.cfg.steps // 10)
         items = image_data.CaptionedImages(data, "val", pipeline.image_size).items
-        # so few stay in memory, also if they are large
+        # few enough to be decoded once and kept, up to 577 x 577 pixels
         self.dataset = image_data.CaptionedImages(data, "val", pipeline.image_size, items[:256])
         self.samples = samples if "scene" in items[0][2] else 0
         self.first = max(0, len(items) - samples)
         self.curve = [(0.0, 0.0)]
         self.laps = []                                           # seconds between validations
-        self.begin = time.perf_counter()
+        self.begin = 0.0                                         # `train` starts the clock
 
     def at(self, step):
         """The validation loss and the share right, for metrics.csv; None where none is due."""
@@ -950,11 +952,11 @@ def time_until(curve, right):
 
 @torch.no_grad()
 def validation_loss(pipeline, dataset):
-    """The loss of the first 256 images, a scalar.
+    """The loss of all images of a dataset, a scalar.
 
     Captions, t and noise are the same at each call, so that losses can be compared.
     """
-    examples = [dataset[i, i] for i in range(min(256, len(dataset)))]
+    examples = [dataset[i, i] for i in range(len(dataset))]
     images, captions, _ = zip(*examples)
     torch.manual_seed(0)
     x_0 = pipeline.encode(torch.stack(images))

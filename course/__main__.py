@@ -280,7 +280,7 @@ def pack(out):
     with zipfile.ZipFile(out, "w") as file:
         for path in paths:
             file.write(path, path.relative_to(ROOT))
-    print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, to be unpacked in the students' folder")
+    print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, to be unpacked in the project's folder")
 
 
 # ------------------------------------------------------------------------------------------- main

@@ -1,7 +1,8 @@
 """Pictures of one's own: emoji by their names, and what a few steps make of photographs.
 
     python -m experiments.own_data emoji --clip words --steps 1200    # 15 min on one busy core
-    python -m experiments.own_data photographs --data path/to/coco    # 150 steps, 1 min
+    python -m experiments.own_data photographs --data path/to/coco --clip words  # 150 steps
+    python -m experiments.own_data words       # the toy world without its CLIP; as long as with it
 
 emoji downloads 23 MB from the npm registry: Microsoft's Fluent Emoji as @lobehub/fluent-emoji-3d
 ships them, and their English names from emojibase-data (both under the MIT licence). It writes
@@ -11,7 +12,9 @@ data/emoji/, a .webp and a .txt for each of some 1 600 emoji, trains on them as
 photographs counts the black ones among 24 images of validation captions, for each sampler. With the
 toy world's --time-power 0.3 many are black or white: see PRESETS in uvit_fusion.py.
 
-Both write results.json into their run folder.
+words trains the base model on the toy world with `--clip words` and grades it.
+
+Each writes results.json into its run folder.
 """
 import argparse
 import io
@@ -23,8 +26,10 @@ from pathlib import Path
 
 import common
 import image_data
+import toy
 import uvit_fusion
 from common import UserError
+from toy import judge
 from uvit_fusion import PRESETS, Config
 
 REGISTRY = "https://registry.npmjs.org"
@@ -102,32 +107,46 @@ def photographs(args, device, precision):
     common.write_results(folder, figures)
 
 
+# ------------------------------------------------------------------------------------------- words
+def words(args, device, precision):
+    """Grades the base model of the toy world with word embeddings that are learned with it."""
+    args.clip = "words"
+    pipeline, folder = train(args, "runs/words", device, precision)
+    figures, table = judge.accuracy(pipeline, toy.prepare("shapes", "words"))
+    judge.print_accuracy(figures, table, f"{folder}: word embeddings in the place of the tiny CLIP")
+    common.write_results(folder, {
+        "emoji_clip_free_all": figures["all"], "emoji_clip_free_all_ci": figures["all_ci"]})
+
+
 def train(args, folder, device, precision):
     """Trains as `uvit_fusion.py --train` does; returns the pipeline and the run folder."""
     cfg = common.make_config(Config, PRESETS, args)
+    data = toy.prepare(cfg.data, cfg.clip, cfg.size)
     folder = Path(args.out or folder)
     if cfg.clip == "words":
-        cfg.clip = uvit_fusion.train_words(cfg.data, cfg.size, folder, keep=args.resume)
+        cfg.clip = uvit_fusion.train_words(data, cfg.size, folder, keep=args.resume)
     run_args = argparse.Namespace(
         resume=args.resume, overwrite=args.overwrite, workers=None, compile=None,
         validation_samples=0)
-    return uvit_fusion.train(cfg, cfg.data, folder, run_args, device, precision), folder
+    return uvit_fusion.train(cfg, data, folder, run_args, device, precision), folder
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=["emoji", "photographs"])
-    common.add_training_flags(parser, "run folder (default runs/emoji, runs/photographs)")
+    parser.add_argument("experiment", choices=["emoji", "photographs", "words"])
+    common.add_training_flags(parser, "run folder (default runs/<experiment>)")
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     if args.experiment == "emoji":
         emoji(args, device, precision)
-        return
-    if getattr(args, "data", "shapes") == "shapes":
+    elif args.experiment == "words":
+        words(args, device, precision)
+    elif getattr(args, "data", "shapes") == "shapes":
         raise UserError("name a folder of photographs: --data path/to/coco")
-    photographs(args, device, precision)
+    else:
+        photographs(args, device, precision)
 
 
 if __name__ == "__main__":

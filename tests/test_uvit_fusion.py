@@ -656,8 +656,7 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
         graded.append((samples, first))
         return {"all": 40.0 * len(graded)}, None
     monkeypatch.setattr(uvit_fusion.judge, "accuracy", accuracy)
-    # read once before and once behind each; images are decoded in the first lap, of 50 s
-    clock = iter([-20, *range(30, 1000, 30)])
+    clock = iter(range(50, 1000, 30))                     # read once before and once behind each
     monkeypatch.setattr(uvit_fusion.time, "perf_counter", lambda: next(clock))
     pipeline = tiny_pipeline(clip_folder, steps=39)
     validation = uvit_fusion.Validation(pipeline, toy_data, tmp_path, samples=3)
