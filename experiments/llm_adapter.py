@@ -2,12 +2,14 @@
 
     python -m experiments.llm_adapter compare --steps-1 600 --steps-2 300 --samples 512
     python -m experiments.llm_adapter probe --samples 2048 --precision fp32
+    python -m experiments.llm_adapter unseen-languages --run runs/llm_adapter --samples 512
 
 `compare` trains each variant in stage 1 alone, on the same texts in the same order; "no_stage_1" in
 stage 2 alone. Grades it on held-out scenes: in four languages taking turns, as paragraphs, and in
 English. Prints one table and writes results.json into runs/llm_compare. A variant that is finished
 is kept, so the command can be given again. `probe` trains no adapter: linear maps tell what the
-states of a layer know, into runs/llm_probe.
+states of a layer know, into runs/llm_probe. `unseen-languages` grades a trained run on captions in
+languages that no training pair has, which only a large LLM knows.
 """
 import argparse
 import dataclasses
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 import common
 import encoders
 import llm_adapter
+import sample
+import toy
 from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
 from toy import judge, language, multilingual
@@ -223,9 +227,35 @@ def probe(args):
                        "one group")
 
 
+# ----------------------------------------------------------------------------- unseen languages
+def unseen_languages(args):
+    """A table of languages that stood in no training pair, by the base and with the LLM."""
+    pipeline = sample.load_run(args.run, args.device, args.precision)
+    folder, _ = common.run_files(args.run)
+    cfg = common.read_config(Config, folder)
+    base = sample.load_run(cfg.base, args.device, args.precision)
+    data = toy.prepare(cfg.data, base.cfg.clip, base.image_size)
+    scenes, _, unseen = judge.validation_scenes(data, args.samples)
+    rows = [["all right, %", "own text encoder", "+-", "with the LLM", "+-"]]
+    figures = {}
+    for name in language.UNSEEN_LANGUAGES:
+        prompts = [language.tell(scene, name, random.Random(i)) for i, scene in enumerate(scenes)]
+        row = [name]
+        for label, one in (("clip_", base), ("", pipeline)):
+            images = one.generate(prompts, steps=args.sample_steps, progress=True)
+            right = judge.grade_images(images, scenes, unseen)["all"]
+            figures |= common.percent(label + name, right)
+            row += [figures[label + name], figures[f"{label}{name}_ci"]]
+        rows.append(row)
+    common.print_table(rows, f"{args.run}: {args.samples} held-out scenes, read for the first time")
+    common.write_results(folder, figures)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["compare", "probe"])
+    parser.add_argument("action", choices=["compare", "probe", "unseen-languages"])
+    parser.add_argument("--run", default="runs/llm_adapter",
+                        help="unseen-languages: the run (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
@@ -235,8 +265,10 @@ def main():
     args = parser.parse_args()
     if args.action == "compare":
         compare(args)
-    else:
+    elif args.action == "probe":
         probe(args)
+    else:
+        unseen_languages(args)
 
 
 if __name__ == "__main__":

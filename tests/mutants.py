@@ -470,7 +470,7 @@ MUTANTS = {
         ("no blur", "toy.shapes.degrade", "x = (1 - 0.7 * blur) * x + 0.7 * blur * around", "pass"),
     ],
     "test_toy_language.py": [
-        ("Spanish colours do not agree in number", "toy.language.spanish",
+        ("Spanish colours do not agree in number", "toy.language.romance",
          'split("/")[2 * plural + feminine]', 'split("/")[feminine]'),
         ("German nominative for dative", "toy.language.german",
          'ending = GERMAN_ENDINGS["plural"].split("/")[dative]', 'ending = "e"'),

@@ -1,4 +1,5 @@
 """An LLM as the text encoder: the adapter's equations, the losses, the stages, the grading."""
+import dataclasses
 import json
 import math
 import random
@@ -428,6 +429,25 @@ def test_a_grade_compares_languages_and_stages(toy_data, clip_folder, tmp_path, 
     assert figures["quality_before"] == figures["quality_after"] == 1
     for name in ("languages", "long"):
         assert (tmp_path / "samples" / f"{name}.png").stat().st_size > 0
+
+
+def test_languages_that_no_training_pair_has_are_graded_by_both(
+        toy_data, clip_folder, tmp_path, monkeypatch):
+    dataset = image_data.CaptionedImages(toy_data, "val", 24)
+    images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in range(8)])
+    scenes, _, _ = judge.validation_scenes(toy_data, 8)
+    french = [language.tell(scene, "french", random.Random(i)) for i, scene in enumerate(scenes)]
+    cfg = Config(base="base", data=str(toy_data))
+    common.write_json(tmp_path / "config.json", dataclasses.asdict(cfg))
+    painters = {"base": Painter([], images, clip_folder),
+                str(tmp_path): Painter(french[:6], images, clip_folder)}
+    for painter in painters.values():
+        painter.image_size = 24
+    monkeypatch.setattr(experiment.sample, "load_run", lambda path, *_: painters[path])
+    experiment.unseen_languages(SimpleNamespace(
+        run=str(tmp_path), samples=8, sample_steps=2, device="cpu", precision="fp32"))
+    found = common.read_json(tmp_path / "results.json")
+    assert (found["french"], found["italian"], found["clip_french"]) == (75, 0, 0)
 
 
 def test_the_adapters_of_the_comparison():

@@ -77,6 +77,15 @@ def all_texts(text_of, *args, **kwargs):
     ("chinese", "3 green circle above 1 blue square", """三个绿色的圆形在一个蓝色的正方形上方;
         一个蓝色的正方形在三个绿色的圆形下方; 一个蓝色的正方形上面有三个绿色的圆形;
         一张三个绿色的圆形在一个蓝色的正方形上方的图片"""),
+    ("french", "3 green circle above 1 blue square", """
+        trois cercles verts au-dessus d'un carré bleu;
+        un dessin d'un carré bleu sous 3 disques verts;
+        au-dessus d'un carré bleu il y a trois disques verts"""),
+    ("italian", "1 red circle left of 2 yellow square", """
+        un cerchio rosso a sinistra di due quadrati gialli;
+        un'immagine di 2 quadrati gialli a destra di un solo disco rosso;
+        a sinistra di due quadrati gialli c'è un disco rosso;
+        a destra di un cerchio rosso ci sono 2 quadrati gialli"""),
 ])
 def test_sentences_written_by_hand_are_among_the_captions(name, scene, sentences):
     possible = all_texts(language.tell, scene_of(scene), name)
@@ -103,7 +112,7 @@ def test_these_are_all_the_phrases_for_a_group(name, group, dative, phrases):
     assert possible == {phrase.strip() for phrase in phrases.split(";")}
 
 
-@pytest.mark.parametrize("name", [*LANGUAGES, "narrative", "plain"])
+@pytest.mark.parametrize("name", [*LANGUAGES, *language.UNSEEN_LANGUAGES, "narrative", "plain"])
 def test_no_two_scenes_share_a_text(name):
     rng = random.Random(0)
     seen = {}

@@ -26,6 +26,7 @@ from toy import shapes
 from toy.shapes import LABELS, NUMBERS, OPPOSITE, PREPOSITIONS, Scene
 
 LANGUAGES = ("english", "spanish", "german", "chinese")
+UNSEEN_LANGUAGES = ("french", "italian")         # neither the tiny LLM nor an adapter has read them
 
 
 def fill(text, rng):
@@ -62,6 +63,33 @@ SPANISH = {
     "plain": "{a} {there} {b}",
     "place first": "{there} {b} hay {a}",
 }
+# as SPANISH
+FRENCH = {
+    "circle": "[m/cercle/cercles|m/disque/disques]",
+    "square": "m/carré/carrés", "triangle": "m/triangle/triangles",
+    "red": "rouge/rouge/rouges/rouges", "green": "vert/verte/verts/vertes",
+    "blue": "bleu/bleue/bleus/bleues", "yellow": "jaune/jaune/jaunes/jaunes",
+    "purple": "violet/violette/violets/violettes",
+    1: "[un/une|un seul/une seule]", 2: "[deux|2]", 3: "[trois|3]", 4: "[quatre|4]",
+    "above": "au-dessus de", "below": "[au-dessous de|sous]",
+    "left of": "à gauche de", "right of": "à droite de",
+    "opening": "[{}|{}|{}|une image de {}|un dessin de {}]",
+    "plain": "{a} {there} {b}",
+    "place first": "{there} {b} il y a {a}",
+}
+ITALIAN = {
+    "circle": "[m/cerchio/cerchi|m/disco/dischi]",
+    "square": "m/quadrato/quadrati", "triangle": "m/triangolo/triangoli",
+    "red": "rosso/rossa/rossi/rosse", "green": "verde/verde/verdi/verdi",
+    "blue": "blu/blu/blu/blu", "yellow": "giallo/gialla/gialli/gialle",
+    "purple": "viola/viola/viola/viola",
+    1: "[un/una|un solo/una sola]", 2: "[due|2]", 3: "[tre|3]", 4: "[quattro|4]",
+    "above": "[sopra|al di sopra di]", "below": "[sotto|al di sotto di]",
+    "left of": "a sinistra di", "right of": "a destra di",
+    "opening": "[{}|{}|{}|un'immagine di {}|un disegno di {}]",
+    "plain": "{a} {there} {b}",
+    "place first": "{there} {b} [c'è|si trova] {a}/{there} {b} [ci sono|si trovano] {a}",
+}
 GERMAN = {
     # gender/one/many/many in the dative
     "circle": "[m/Kreis/Kreise/Kreisen|f/Scheibe/Scheiben/Scheiben]",
@@ -94,14 +122,26 @@ CHINESE = {
 }
 
 
-def spanish(group, rng, dative=False):
+def romance(words, group, rng):
     """'dos figuras circulares rojas': numeral and adjective agree with the noun."""
-    gender, one, many = fill(SPANISH[group.shape], rng).split("/")
+    gender, one, many = fill(words[group.shape], rng).split("/")
     feminine = gender == "f"
     plural = group.count > 1
-    number = fill(SPANISH[group.count], rng).split("/")[feminine and not plural]
-    colour = fill(SPANISH[group.colour], rng).split("/")[2 * plural + feminine]
+    number = fill(words[group.count], rng).split("/")[feminine and not plural]
+    colour = fill(words[group.colour], rng).split("/")[2 * plural + feminine]
     return f"{number} {many if plural else one} {colour}"
+
+
+def spanish(group, rng, dative=False):
+    return romance(SPANISH, group, rng)
+
+
+def french(group, rng, dative=False):
+    return romance(FRENCH, group, rng)
+
+
+def italian(group, rng, dative=False):
+    return romance(ITALIAN, group, rng)
 
 
 def german(group, rng, dative):
@@ -124,12 +164,19 @@ def chinese(group, rng, dative=False):
     return fill(CHINESE[group.count] + CHINESE[group.colour] + CHINESE[group.shape], rng)
 
 
-WORDS = {"spanish": SPANISH, "german": GERMAN, "chinese": CHINESE}
-PHRASES = {"spanish": spanish, "german": german, "chinese": chinese}
+WORDS = {"spanish": SPANISH, "german": GERMAN, "chinese": CHINESE, "french": FRENCH,
+         "italian": ITALIAN}
+PHRASES = {"spanish": spanish, "german": german, "chinese": chinese, "french": french,
+           "italian": italian}
+
+
+def elide(text, language):
+    """French: 'une image de un cercle' -> 'une image d'un cercle'."""
+    return text.replace(" de un", " d'un") if language == "french" else text
 
 
 def tell(scene, language, rng):
-    """One caption of a scene in one of LANGUAGES, with synonyms and several word orders."""
+    """One caption of a scene in a language, with synonyms and several word orders."""
     if language == "english":
         return shapes.sentence(scene, rng)
     words = WORDS[language]
@@ -137,7 +184,8 @@ def tell(scene, language, rng):
     # German has the dative behind an opening and behind a preposition
     opening = fill(words["opening"], rng)
     if len(scene.groups) == 1:
-        return opening.format(phrase(scene.groups[0], rng, dative=opening != "{}"))
+        text = opening.format(phrase(scene.groups[0], rng, dative=opening != "{}"))
+        return elide(text, language)
     first, second, relation = either_way(scene, rng)
     order = words["plain"]
     if rng.random() < 0.2:
@@ -147,7 +195,7 @@ def tell(scene, language, rng):
     a = phrase(first, rng, dative=opening != "{}")
     b = phrase(second, rng, dative=True)
     there = fill(words[relation], rng)
-    return opening.format(order.format(a=a, b=b, there=there))
+    return elide(opening.format(order.format(a=a, b=b, there=there)), language)
 
 
 def plain(scene):
