@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -115,6 +116,8 @@ def commands(folder):
     # a lock that another thread holds when the process is forked stays locked in the new one
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
+    # tqdm's own lock is shared by all processes: who is killed while holding it locks out the rest
+    tqdm.set_lock(threading.RLock())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     clip = make_clip(folder / "clip")
     Files(folder, clip)

@@ -69,7 +69,7 @@ def test_what_is_no_image_or_too_large_to_be_one_is_broken(tmp_path):
 @pytest.mark.parametrize("script", ["uvit_fusion.py", "fine_rewards.py"])     # kills.py has all
 def test_processes_that_are_killed_leave_whole_checkpoints_and_resume_to_the_same_bits(script):
     command = [sys.executable, Path(__file__).parent / "kills.py", "--kills", "2", "--only", script]
-    ended = subprocess.run(command, capture_output=True, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0 and "with the same bits" in ended.stdout, ended
 
 
