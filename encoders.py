@@ -175,7 +175,9 @@ class TextEncoder:
         with common.reading(f"--clip {path}", "its tokenizer files do not fit: copy them again"):
             # as in CLIP: the U-ViT has a position for each token, and captions are short
             self.length = min(77, positions, self.tokenizer.model_max_length)
-            self.tokenize(["a caf\u00e9 \u2603"])
+            if self.length < 1:
+                raise ValueError("it reads no tokens")
+            self.encode(["a caf\u00e9 \u2603"])
         self.kept = {}                                  # caption -> (features, token_mask)
         self.capacity = memory // (4 * self.length * self.dim)
 
@@ -189,10 +191,6 @@ class TextEncoder:
         features, masks = zip(*(self.kept[text] for text in captions))
         return torch.stack(features), torch.stack(masks)
 
-    def tokenize(self, captions):
-        return self.tokenizer(captions, padding="max_length", truncation=True,
-                              max_length=self.length, return_tensors="pt")
-
     @torch.no_grad()
     def encode(self, captions):
         """`__call__` without memory.
@@ -200,7 +198,8 @@ class TextEncoder:
         Padded to L, as the published U-ViT was trained. Padding does not change the features of a
         caption: CLIP attends causally, the others get the mask. Longer captions are cut off.
         """
-        tokens = self.tokenize(captions)
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True,
+                                max_length=self.length, return_tensors="pt")
         if not self.warned and tokens.attention_mask.all(1).any():       # one without any padding
             longest = max(len(ids) for ids in self.tokenizer(captions).input_ids)
             if longest > self.length:

@@ -406,6 +406,14 @@ def test_a_text_encoder_gives_features_and_a_mask_that_no_other_caption_changes(
     assert not any(parameter.requires_grad for parameter in encoder.model.parameters())
 
 
+def test_a_tokenizer_that_reads_no_tokens_is_refused(clip_folder, tmp_path):
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    config = common.read_json(folder / "tokenizer_config.json")
+    common.write_json(folder / "tokenizer_config.json", config | {"model_max_length": 0})
+    with pytest.raises(UserError, match="it reads no tokens: its tokenizer files do not fit"):
+        encoders.TextEncoder(folder)
+
+
 def test_features_of_captions_are_kept_while_there_is_memory(clip_folder, monkeypatch):
     plain = encoders.TextEncoder(clip_folder)
     encoder = encoders.TextEncoder(clip_folder, memory=3 * 4 * plain.length * plain.dim + 1)
