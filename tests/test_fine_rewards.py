@@ -60,6 +60,14 @@ def test_kept_are_the_prompts_whose_best_candidates_rank_best_among_all():
     assert kept.tolist() == [1, 3, 4] and candidates.tolist() == [1, 0, 1]
     assert select_best(scores, EQUAL, keep=0.4)[0].tolist() == [1, 3]
     assert select_best(scores, EQUAL, keep=0.01)[0].tolist() == [1]         # at least one
+    scores = {"clip": np.array([[9.0, 1], [3, 1], [2, 1], [1, 0]]),
+              "caption": np.array([[0.1, 0], [0.4, 0], [0.3, 0], [0.2, 0]])}
+    both = {"clip": 1.0, "caption": 1.0}
+    assert select_best(scores, both, 0.25)[0].tolist() == [1], "winners are compared by rank"
+    both["caption"] = 3.0
+    assert select_best(scores, both, 0.5)[0].tolist() == [1, 2], "by the same weights"
+    both = {"clip": 2.0, "caption": 1.0}
+    assert select_best(scores, both, 0.5)[0].tolist() == [0, 1], "in ascending order"
 
 
 # ------------------------------------------------------------------------------------- rewards
@@ -70,8 +78,13 @@ def parts_of(*labels):
 def test_the_sam_reward_is_its_formula_and_each_label_meets_its_own_prompt():
     table = {("p", "a"): 3.0, ("p", "b"): 1.5, ("q", "a"): 1.0, ("q", "c"): 2.5}
     parts = [parts_of("a", "b"), parts_of("a"), parts_of(), parts_of("a", "a", "c")]
-    rewards = fine_rewards.sam_reward(parts, ["p", "q", "p", "q"],
-                         lambda pairs: np.array([table[pair] for pair in pairs]))
+    calls = []
+
+    def scorer(pairs):
+        calls.append(pairs)
+        return np.array([table[pair] for pair in pairs])
+    rewards = fine_rewards.sam_reward(parts, ["p", "q", "p", "q"], scorer)
+    assert len(calls) == 1, "one call for all pairs"
     assert np.allclose(rewards, [(4.5 - 4) / 4, (1 - 2) / 2, -0.5, (4.5 - 6) / 6])
 
 

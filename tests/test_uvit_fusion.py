@@ -139,10 +139,15 @@ def test_a_block_is_its_equations_with_the_context_normed(context_tokens):
     x, skip = torch.randn(2, 3, 6, 32)
     context = 3 + 2 * torch.randn(3, 4, 32) if context_tokens else None
     bias = torch.randn(3, 1, 1, 6 + context_tokens)
+    for parameter in (*block.norm1.parameters(), *block.norm2.parameters()):
+        parameter.data += 0.3 * torch.randn_like(parameter)      # new ones are all alike
     w = block.state_dict()
     joined = linear(w, "skip_linear", torch.cat([x, skip], dim=-1))
     expected, _ = block_by_its_equations(w, "", joined, context, bias[:, 0])
-    assert torch.allclose(block(x, skip, context, bias), expected, atol=1e-5)
+    logits = []
+    found = block(x, skip, context, bias, logits)
+    assert torch.allclose(found, expected, atol=1e-5), "skip_linear of [x, skip], in this order"
+    assert len(logits) == 1, "the list of logits goes to attn"
     expected, _ = block_by_its_equations(w, "", x, context, bias[:, 0])
     assert torch.allclose(block(x, None, context, bias), expected, atol=1e-5)
 
@@ -187,7 +192,7 @@ def test_caption_blocks_see_no_time_and_run_once_a_prompt():
 def test_the_time_embedding_is_cosines_then_sines():
     embedding = uvit_fusion.timestep_embedding(torch.tensor([0, 3]), 4)
     expected = [[1, 1, 0, 0], [math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)]]
-    assert torch.allclose(embedding, torch.tensor(expected), atol=1e-6)
+    assert torch.allclose(embedding, torch.tensor(expected), atol=1e-6), "the exponent is -i / half"
 
 
 def test_the_fused_kernel_equals_the_softmax():
@@ -310,7 +315,9 @@ def test_posterior_obeys_bayes_rule():
         bayes = log_normal(x_t, alpha.sqrt() * x_next, 1 - alpha)
         bayes = bayes + log_normal(x_next, abar_next.sqrt() * x_0, 1 - abar_next)
         found = log_normal(x_next, *diffusion.posterior(x_0, x_t, t, t_next))
-        assert torch.allclose(bayes - bayes[0], found - found[0], rtol=1e-8)
+        # the factor of x_next^2 is -1 / (2 variance)
+        assert torch.allclose(bayes.diff().diff(), found.diff().diff(), rtol=1e-6), "variance"
+        assert torch.allclose(bayes - bayes[0], found - found[0], rtol=1e-8), "mean"
 
 
 def test_ddpm_adds_noise_of_the_posteriors_variance():
