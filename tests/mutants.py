@@ -11,13 +11,14 @@ import io
 import os
 import re
 import sys
-import types
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pytest  # noqa: E402
+
+from course.prove import find_code  # noqa: E402
 
 
 def locate(name):
@@ -30,23 +31,16 @@ def locate(name):
     return inspect.unwrap(found)
 
 
-def find_code(code, name):
-    """The code of a function within compiled source."""
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found = constant if constant.co_name == name else find_code(constant, name)
-            if found:
-                return found
-
-
 def mutated_code(function, old, new):
     source = inspect.getsource(function)
     if source.count(old) != 1:
         sys.exit(f"{function.__qualname__} holds {old!r} {source.count(old)} times, not once")
     source = source.replace(old, new)
+    name = function.__name__
     if source[0].isspace():                                # a method: super() needs its class
         source = "class Class:\n" + source
-    return find_code(compile(source, "<mutant>", "exec"), function.__name__)
+        name = f"Class.{name}"
+    return find_code(compile(source, "<mutant>", "exec"), name)
 
 
 def run_tests(file):
