@@ -63,7 +63,7 @@ import toy
 import uvit_fusion
 from common import UserError
 from segmenter import Segmenter
-from toy import gain, judge
+from toy import gain, judge, validation
 from uvit_fusion import load_pipeline  # loads the base, and what is tuned here, a U-ViT like it
 
 REWARDS = ("caption", "sam", "clip", "aesthetic")
@@ -567,7 +567,7 @@ def main():
     dataset = image_data.CaptionedImages(data, "train", pipeline.image_size)
     if cfg.data != "shapes":
         raft(cfg, pipeline, rewards, dataset, folder, args)
-        uvit_fusion.report(pipeline, data, folder, args.samples, begin)
+        validation.report(pipeline, data, folder, args.samples, begin)
         return
     grading = dict(data=data, samples=args.samples, rewards=rewards, steps=cfg.sample_steps)
     progress = raft(cfg, pipeline, rewards, dataset, folder, args, grading)

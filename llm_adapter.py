@@ -60,6 +60,7 @@ import common
 import encoders
 import image_data
 import toy.multilingual
+import toy.validation
 import uvit_fusion
 from common import UserError
 from uvit_fusion import Block, Pipeline, UViT, padding_bias, timestep_embedding
@@ -476,7 +477,7 @@ def main():
         common.write_results(folder, figures | {"seconds": time.time() - begin})
         print(f"{time.time() - begin:.0f} s; figures in {folder}/results.json")
     else:
-        uvit_fusion.report(pipeline, data, folder, args.samples, begin)
+        toy.validation.report(pipeline, data, folder, args.samples, begin)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ import common
 import encoders
 import image_data
 import toy.narratives
+import toy.validation
 import uvit_fusion
 from common import UserError
 from uvit_fusion import Attention, diffusion_loss, padding_bias, softmax_attention
@@ -430,7 +431,7 @@ def main():
         common.write_results(folder, figures | {"seconds": time.time() - begin})
         print(f"{time.time() - begin:.0f} s; figures in {folder}/results.json")
     else:
-        uvit_fusion.report(adapted, data, folder, args.samples, begin)
+        toy.validation.report(adapted, data, folder, args.samples, begin)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime
-import itertools
 import math
 import os
 import time
@@ -71,14 +70,7 @@ import encoders
 import image_data
 import toy
 from common import UserError
-from toy import judge
-
-
-def check_interval(interval):
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise UserError(f"--guidance-interval {low:g} {high:g}: both are shares of the time, "
-                        "between 0 and 1, the lower one first")
+from toy.validation import Validation, report
 
 
 @dataclass
@@ -139,9 +131,8 @@ class Config:
             raise UserError("--autoencoder: latents leave [-1, 1], so the network must be trained "
                             "with --no-clip-x0")
         common.check_bounds(
-            self, channels=(1, 1000), text_dim=(1, 10**6), text_length=(1, 10**6),
-            patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000), caption_blocks=(0, 1000),
-            accumulate=(1, 2**20), latent_scale=(1e-6, 1e6))
+            self, channels=(1, 1000), patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000),
+            caption_blocks=(0, 1000), accumulate=(1, 2**20), latent_scale=(1e-6, 1e6))
         if self.size < 1 or self.size % self.patch:
             raise UserError(f"--size {self.size} is no multiple of --patch {self.patch}")
         if self.dim % self.heads or self.dim % 2:
@@ -157,7 +148,7 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    # --quick: a patch for each cell of the scenes' grid, one group a scene
+    # --quick: scenes of one group, whose shapes stand on a 3 x 3 grid, a patch for each cell
     "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, clip="words"),
     # Images of your own. Where there is little noise the network must copy what it sees; until it
     # has learned to, sampling drifts to black or white. time_power=1 shows little noise more often.
@@ -175,7 +166,7 @@ PRESETS = {
         data="coco", clip="openai/clip-vit-large-patch14",
     ),
 }
-# what --quick changes besides the preset, also with data of your own
+# what --quick changes besides, also with data of your own, which have the preset pictures
 QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=800, warmup=80,
              snapshot_at=(0,))
 
@@ -194,7 +185,7 @@ def softmax_attention(q, k, v, bias=None):
 
 
 def attention(q, k, v, bias=None):
-    """The same by PyTorch's fused kernel, which never stores the logits; but not for bf16 on CPUs.
+    """The same by PyTorch's fused kernel, which never stores the logits, where it is faster.
 
     Forward and backward of (64, 4, 57, 32) on two CPU cores: the kernel takes 30.6 ms in bf16 and
     5.4 in fp32, `softmax_attention` 5.1 and 6.2.
@@ -290,7 +281,7 @@ def init_linear(model, std=None):
 def init_fan_in(model):
     """First weights for any model of `Block`s, which begin as the identity.
 
-    With such blocks four seeds of four learned relations; without them one of two did not.
+    With such blocks all of four seeds learned relations; without them only one of two.
     """
     init_linear(model)
     for module in model.modules():
@@ -579,6 +570,13 @@ def cfg_denoiser(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
     return denoiser
 
 
+def check_interval(interval):
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"--guidance-interval {low:g} {high:g}: both are shares of the time, "
+                        "between 0 and 1, the lower one first")
+
+
 # ---------------------------------------------------------------------------------------- pipeline
 class ImageNoise:
     """noise() -> fresh noise (B, C, S, S).
@@ -615,32 +613,29 @@ class Pipeline:
         """Images for prompts: numpy uint8 (len(prompts), H, W, 3).
 
         The noise of image i depends on seed and first + i alone, so two models can be compared
-        image by image, and a long list generated in parts. trajectory: a list that gets the
-        predicted images of each step.
+        image by image, and a long list generated in parts. trajectory: an empty list, which gets
+        the predicted images of each step; all prompts are then one batch.
         """
         cfg = self.cfg
         guidance = cfg.guidance if guidance is None else guidance
         guidance_interval = guidance_interval or cfg.guidance_interval
         sampler = sampler or cfg.sampler
         null, null_mask = self.text_encoder([negative_prompt])
+        if trajectory is not None:
+            batch_size = len(prompts)
         images = []
-        predicted_images = []                                    # of each batch, step by step
         starts = range(0, len(prompts), batch_size)
         for start in tqdm(starts, desc="generating", leave=False, disable=not progress):
             batch = prompts[start:start + batch_size]
             noise = ImageNoise(cfg, seed, first + start, len(batch), self.device)
             text, mask = self.text_encoder(batch)
-            predicted = None if trajectory is None else []
             with common.autocast(self.device, self.precision):
                 denoiser = cfg_denoiser(
                     self.model, text, mask, null, null_mask, guidance, guidance_interval)
-                x_0 = self.diffusion.sample(denoiser, noise(), steps, sampler, noise, predicted)
+                x_0 = self.diffusion.sample(denoiser, noise(), steps, sampler, noise, trajectory)
                 images.append(self.decode(x_0))
                 if trajectory is not None:
-                    predicted_images.append([self.decode(x) for x in predicted])
-        if trajectory is not None:
-            for step_images in zip(*predicted_images):           # of all batches
-                trajectory.append(np.concatenate(step_images))
+                    trajectory[:] = [self.decode(x) for x in trajectory]
         return np.concatenate(images)
 
     @torch.no_grad()
@@ -667,6 +662,21 @@ class Pipeline:
             moments = torch.cat([torch.stack(part, dim=1) for part in parts])
         noise = torch.randn_like(moments[:, 0], dtype=torch.float32) if sample else 0
         return self.cfg.latent_scale * autoencoder.sample_latents(moments, noise)
+
+    @torch.no_grad()
+    def loss(self, dataset):
+        """The loss of all images of a dataset, a scalar.
+
+        Captions, t and noise are the same at each call, so that losses can be compared.
+        """
+        images, captions, _ = zip(*[dataset[i, i] for i in range(len(dataset))])
+        torch.manual_seed(0)
+        x_0 = self.encode(torch.stack(images))
+        text, mask = self.text_encoder(list(captions))
+        t = self.diffusion.sample_timesteps(len(x_0), self.cfg.time_power, self.device)
+        eps = torch.randn_like(x_0)
+        with common.autocast(self.device, self.precision):
+            return diffusion_loss(self.model, self.diffusion, x_0, t, eps, text, mask)
 
     def dataset(self, root, split, items=None):
         """The captioned images of a split; latents are computed once and kept on disk."""
@@ -790,27 +800,10 @@ def rank_0_first(rank, world_size):
         dist.barrier()
 
 
-def train_words(data, size, folder, keep):
-    """Writes <folder>/words, a tokenizer of the captions for `TextEncoder`; returns its path.
-
-    keep: leave the one that is there.
-    """
-    path = Path(folder) / "words"
-    if not keep:
-        items = image_data.CaptionedImages(data, "train", size).items
-        captions = [caption for _, texts, _ in items for caption in texts]
-        tokenizer = toy.models.train_tokenizer(captions, vocabulary=2048)
-        tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
-        tokenizer.save_pretrained(path)
-    return str(path)
-
-
 def compile_network(model, device, wanted=None):
-    """torch.compile of `model`.
+    """torch.compile of `model`, or `model` itself where that does not work.
 
-    wanted: None means on a GPU only, where launching small kernels takes longer than running them;
-    "reduce-overhead" launches all of them as one CUDA graph. Returns `model` itself if the compiler
-    does not work, which a small layer tells within seconds.
+    wanted: None means on a GPU only, where launching small kernels takes longer than running them.
     """
     if wanted is None:
         wanted = device.type == "cuda"
@@ -818,8 +811,9 @@ def compile_network(model, device, wanted=None):
         return model
     mode = "default"
     if device.type == "cuda" and not dist.is_initialized():      # DDP's hooks fit no CUDA graph
-        mode = "reduce-overhead"
+        mode = "reduce-overhead"                                 # one graph launches all kernels
     try:
+        # a small layer tells within seconds whether there is a compiler
         torch.compile(nn.Linear(8, 8).to(device))(torch.zeros(1, 8, device=device))
         return torch.compile(model, mode=mode)
     except Exception as error:                                   # compilers fail in many ways
@@ -853,7 +847,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         network = nn.parallel.DistributedDataParallel(network)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
                                 args.workers, rank, world_size)
-    validation.begin = time.perf_counter()
+    validation.start_clock()
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
         torch.manual_seed((cfg.seed * 10**9 + step) * world_size + rank)
@@ -889,122 +883,15 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     return pipeline
 
 
-class Validation:
-    """What a training measures ten times, with the EMA weights, on images of the validation split.
-
-    Writes samples/step_<n>.png. On the toy world, which can be graded, `curve` gets (seconds of
-    training so far, % right) of the last `samples` scenes, which are not those of `report`.
-    """
-    def __init__(self, pipeline, data, folder, samples):
-        self.pipeline = pipeline
-        self.data = data
-        self.folder = Path(folder)
-        self.every = max(1, pipeline.cfg.steps // 10)
-        items = image_data.CaptionedImages(data, "val", pipeline.image_size).items
-        # few enough to be decoded once and kept, up to 577 x 577 pixels
-        self.dataset = image_data.CaptionedImages(data, "val", pipeline.image_size, items[:256])
-        self.samples = samples if "scene" in items[0][2] else 0
-        self.first = max(0, len(items) - samples)
-        self.curve = [(0.0, 0.0)]
-        self.laps = []                                           # seconds between validations
-        self.begin = 0.0                                         # `train` starts the clock
-
-    def at(self, step):
-        """The validation loss and the share right, for metrics.csv; None where none is due."""
-        figures = {"validation": None, "right": None} if self.samples else {"validation": None}
-        if step % self.every:
-            return figures
-        common.synchronize(self.pipeline.device)
-        self.laps.append(time.perf_counter() - self.begin)       # validations do not count
-        prompts = validation_captions(self.dataset, 16)
-        grid = self.folder / "samples" / f"step_{step}.png"
-        common.image_grid(self.pipeline.generate(prompts), prompts, grid, columns=8)
-        figures["validation"] = validation_loss(self.pipeline, self.dataset)
-        if self.samples:
-            graded, _ = judge.accuracy(self.pipeline, self.data, self.samples, self.first)
-            figures["right"] = graded["all"] / 100
-            self.curve.append((sum(self.laps), graded["all"]))
-        self.begin = time.perf_counter()
-        return figures
-
-    def report_speed(self, right=80):
-        """Prints and writes to results.json the ms a step, and when `right` % were right."""
-        # without the first lap, in which images are decoded and a network is compiled
-        ms = 1e3 * sum(self.laps[1:]) / max(1, len(self.laps) - 1) / self.every
-        images = 1e3 * self.pipeline.cfg.batch_size / ms if ms else math.nan
-        figures = {"step_ms": ms}
-        print(f"{ms:.1f} ms a step, {images:.0f} images a second")
-        seconds = time_until(self.curve, right)
-        if not math.isnan(seconds):
-            figures[f"seconds_to_{right}"] = seconds
-            print(f"{seconds:.0f} s of training until {right} % of {self.samples} held-out "
-                  "captions were right")
-        common.write_results(self.folder, figures)
-
-
-def time_until(curve, right):
-    """When a curve [(time, % right), ...] first gets to `right` %, interpolated; nan if never."""
-    for (time_below, below), (time_above, above) in itertools.pairwise(curve):
-        if below < right <= above:
-            return time_below + (right - below) / (above - below) * (time_above - time_below)
-    return math.nan
-
-
-@torch.no_grad()
-def validation_loss(pipeline, dataset):
-    """The loss of all images of a dataset, a scalar.
-
-    Captions, t and noise are the same at each call, so that losses can be compared.
-    """
-    examples = [dataset[i, i] for i in range(len(dataset))]
-    images, captions, _ = zip(*examples)
-    torch.manual_seed(0)
-    x_0 = pipeline.encode(torch.stack(images))
-    text, mask = pipeline.text_encoder(list(captions))
-    t = pipeline.diffusion.sample_timesteps(len(x_0), pipeline.cfg.time_power, pipeline.device)
-    with common.autocast(pipeline.device, pipeline.precision):
-        return diffusion_loss(pipeline.model, pipeline.diffusion, x_0, t, torch.randn_like(x_0),
-                              text, mask)
-
-
-def validation_captions(dataset, count):
-    """A caption of each of the first images, not always the first wording."""
-    return [texts[i % len(texts)] for i, (_, texts, _) in enumerate(dataset.items[:count])]
-
-
-def report(pipeline, data, folder, samples, begin):
-    """Ends a training: generates validation captions and, on the toy world, grades `samples`.
-
-    Writes samples/validation.png and results.json. begin: time.time() at the start.
-    """
-    folder = Path(folder)
-    dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
-    captions = validation_captions(dataset, 24)
-    path = folder / "samples" / "validation.png"
-    common.image_grid(pipeline.generate(captions), captions, path)
-    print(f"captions of the validation split, drawn: {path}")
-    if "scene" not in dataset.items[0][2]:                               # not the toy world
-        return
-    figures, table = judge.accuracy(pipeline, data, samples)
-    cfg = pipeline.cfg
-    judge.print_accuracy(figures, table, f"{folder}: {figures['samples']} held-out captions, "
-                         f"25 steps of {cfg.sampler}, guidance {cfg.guidance:g}")
-    figures["seconds"] = time.time() - begin
-    figures["peak_memory_mb"] = common.peak_memory_mb()
-    common.write_results(folder, figures)
-    print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; "
-          f"figures in {folder / 'results.json'}")
-
-
 # -------------------------------------------------------------------------------------------- main
 def add_flags(parser):
     parser.add_argument("--train", action="store_true",
                         help="train, generate validation images and, on the toy world, grade them")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
-    parser.add_argument("--validation-samples", type=common.whole, default=512,
+    parser.add_argument("--validation-samples", type=common.natural, default=512,
                         help="others that are graded ten times meanwhile (default %(default)s)")
-    parser.add_argument("--workers", type=common.whole, help="processes that read images")
+    parser.add_argument("--workers", type=common.natural, help="processes that read images")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile, which needs a C++ compiler (default: on a GPU)")
     common.add_training_flags(parser, "run folder (default runs/uvit_fusion)", QUICK)
@@ -1032,7 +919,7 @@ def main():
     with rank_0_first(rank, world_size):
         data = toy.prepare(cfg.data, cfg.clip, size)
         if cfg.clip == "words":
-            cfg.clip = train_words(data, size, folder, keep=args.resume or rank > 0)
+            cfg.clip = toy.models.train_words(data, size, folder, keep=args.resume or rank > 0)
     pipeline = train(cfg, data, folder, args, device, precision, rank, world_size)
     if rank == 0:
         report(pipeline, data, folder, args.samples, begin)

@@ -26,6 +26,7 @@ import sample
 import toy
 import uvit_fusion
 from toy import judge
+from toy.validation import time_until
 from uvit_fusion import PRESETS, Config, Diffusion, UViT
 
 # where image_blocks and caption_blocks are missing, they are those of the preset
@@ -158,8 +159,8 @@ def time_table(results, costs):
     rows = [["", "steps", "+-", "GFLOPs, forward", "ms a step", "seconds", "+-"]]
     figures = {}
     for name, runs in results.items():
-        steps = uvit_fusion.time_until(mean_curve(runs), TARGET)
-        steps_ci = seed_interval([uvit_fusion.time_until(run["curve"], TARGET) for run in runs])
+        steps = time_until(mean_curve(runs), TARGET)
+        steps_ci = seed_interval([time_until(run["curve"], TARGET) for run in runs])
         ms = costs[name]["ms"]
         figures[f"{name}_steps_to_{TARGET}"] = steps
         figures[f"{name}_steps_to_{TARGET}_ci"] = steps_ci

@@ -30,6 +30,7 @@ import toy
 import uvit_fusion
 from common import UserError
 from toy import judge
+from toy.validation import validation_captions
 from uvit_fusion import PRESETS, Config
 
 REGISTRY = "https://registry.npmjs.org"
@@ -94,7 +95,7 @@ def photographs(args, device, precision):
     args.steps = getattr(args, "steps", 150)
     pipeline, folder = train(args, "runs/photographs", device, precision)
     dataset = image_data.CaptionedImages(pipeline.cfg.data, "val", pipeline.image_size)
-    captions = uvit_fusion.validation_captions(dataset, 24)
+    captions = validation_captions(dataset, 24)
     rows = [["sampler", "black images", "mean brightness"]]
     figures = {}
     for sampler in ("dpm", "ddim", "ddpm"):
@@ -124,7 +125,7 @@ def train(args, folder, device, precision):
     data = toy.prepare(cfg.data, cfg.clip, cfg.size)
     folder = Path(args.out or folder)
     if cfg.clip == "words":
-        cfg.clip = uvit_fusion.train_words(data, cfg.size, folder, keep=args.resume)
+        cfg.clip = toy.models.train_words(data, cfg.size, folder, args.resume)
     run_args = argparse.Namespace(
         resume=args.resume, overwrite=args.overwrite, workers=None, compile=None,
         validation_samples=0)

@@ -74,7 +74,7 @@ def test_controls_differ_from_intermediate_fusion_in_one_thing():
     ([[0, 0], [100, 60], [200, 69.9]], math.nan),
 ])
 def test_the_step_of_equal_accuracy_lies_on_the_line_between_two_measured_steps(curve, step):
-    assert fusion.uvit_fusion.time_until(curve, 70) == pytest.approx(step, nan_ok=True)
+    assert fusion.time_until(curve, 70) == pytest.approx(step, nan_ok=True)
 
 
 def test_comparisons_are_by_seed_and_hold_no_figure_that_is_not_known(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import common
 import image_data
 import uvit_fusion
 from common import UserError
+from toy import validation
 from uvit_fusion import PRESETS, Block, Config, Diffusion, UViT
 
 # fusion, v, c; of the five blocks, v = 2 leaves the middle one to see text and image
@@ -424,9 +425,11 @@ def test_the_asked_share_of_captions_is_dropped():
 def test_the_noise_of_an_image_depends_on_its_number_alone(pipeline):
     prompts = [f"a man {i}" for i in range(5)]
     trajectory = []
-    whole = pipeline.generate(prompts, steps=3, seed=1, batch_size=3, trajectory=trajectory)
+    whole = pipeline.generate(prompts, steps=3, seed=1, trajectory=trajectory)
     assert whole.shape == (5, 8, 8, 3) and whole.dtype == np.uint8
     assert len(trajectory) == 3 and np.array_equal(trajectory[-1], whole)
+    parts = pipeline.generate(prompts, steps=3, seed=1, batch_size=3)
+    assert np.abs(whole - parts.astype(int)).max() <= 1
     rest = pipeline.generate(prompts[2:], steps=3, seed=1, first=2)
     assert np.abs(whole[2:] - rest.astype(int)).max() <= 1
     other = pipeline.generate(prompts, steps=3, seed=2)
@@ -646,13 +649,13 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
 def test_the_validation_loss_is_of_the_same_images_and_noise_each_time(coco, clip_folder):
     pipeline = tiny_pipeline(clip_folder)
     dataset = image_data.CaptionedImages(coco, "val", pipeline.image_size)
-    losses = [uvit_fusion.validation_loss(pipeline, dataset) for _ in range(2)]
+    losses = [pipeline.loss(dataset) for _ in range(2)]
     assert losses[0] == losses[1]
     for parameter in pipeline.model.parameters():
         parameter.zero_()                                 # then it predicts 0 for the target x_0
     images = torch.stack([dataset[i, i][0] for i in range(len(dataset))])
     expected = pipeline.encode(images).square().mean().item()
-    assert uvit_fusion.validation_loss(pipeline, dataset) == pytest.approx(expected)
+    assert pipeline.loss(dataset) == pytest.approx(expected)
 
 
 def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_world(
@@ -661,23 +664,24 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
 
     def accuracy(pipeline, data, samples, first):
         graded.append((samples, first))
-        return {"all": 40.0 * len(graded)}, None
-    monkeypatch.setattr(uvit_fusion.judge, "accuracy", accuracy)
-    clock = iter(range(50, 1000, 30))                     # read once before and once behind each
-    monkeypatch.setattr(uvit_fusion.time, "perf_counter", lambda: next(clock))
+        return {"all": 32.0 * len(graded)}, None
+    monkeypatch.setattr(validation.judge, "accuracy", accuracy)
+    # read at the start, and once before and once behind each validation
+    clock = iter([0, *range(50, 1000, 30)])
+    monkeypatch.setattr(validation.time, "perf_counter", lambda: next(clock))
     pipeline = tiny_pipeline(clip_folder, steps=39)
-    validation = uvit_fusion.Validation(pipeline, toy_data, tmp_path, samples=3)
-    found = {step: validation.at(step) for step in range(1, 13)}
+    measured = validation.Validation(pipeline, toy_data, tmp_path, samples=3)
+    measured.start_clock()
+    found = {step: measured.at(step) for step in range(1, 13)}
     assert [step for step, figures in found.items() if figures["validation"]] == [3, 6, 9, 12]
     assert found[2] == {"validation": None, "right": None}
-    assert found[6]["right"] == 0.8
+    assert found[6]["right"] == 0.64
     assert graded == [(3, 61)] * 4               # of 64
     # without the time that validations took
-    assert validation.curve == [(0, 0), (50, 40), (80, 80), (110, 120), (140, 160)]
-    validation.report_speed(60)
-    validation.report_speed(161)                          # never reached: no figure
+    assert measured.curve == [(0, 0), (50, 32), (80, 64), (110, 96), (140, 128)]
+    measured.report_speed()
     results = common.read_json(tmp_path / "results.json")
-    assert results["seconds_to_60"] == 65 and "seconds_to_161" not in results
+    assert results["seconds_to_80"] == 95
     assert results["step_ms"] == pytest.approx(1e3 * 30 / 3)              # three steps a lap
     assert (tmp_path / "samples" / "step_6.png").exists()
 

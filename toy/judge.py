@@ -8,6 +8,7 @@ nothing is ever trained on what it says.
     judge(things[0], scene)                    # {'count': True, ..., 'relation': False, ...}
     figures, table = accuracy(pipeline, data)  # held-out captions, generated and graded
 """
+import functools
 import random
 from itertools import product
 
@@ -175,6 +176,7 @@ ROWS = {
 }
 
 
+@functools.cache
 def validation_scenes(data, samples, first=0):
     """`samples` validation scenes from the `first` on, a caption of each, and which are unseen.
 

@@ -84,6 +84,21 @@ def train_tokenizer(texts, vocabulary=800, length=LENGTH, template="<|start|> $A
         bos_token="<|start|>", eos_token="<|end|>", model_max_length=length)
 
 
+def train_words(data, size, folder, keep):
+    """Writes <folder>/words, a tokenizer of the captions for `TextEncoder`; returns its path.
+
+    keep: leave the one that is there.
+    """
+    path = Path(folder) / "words"
+    if not keep:
+        items = CaptionedImages(data, "train", size).items
+        captions = [caption for _, texts, _ in items for caption in texts]
+        tokenizer = train_tokenizer(captions, vocabulary=2048)
+        tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
+        tokenizer.save_pretrained(path)
+    return str(path)
+
+
 def new_model(model_class, config, seed):
     """A model with random weights, the device where it is, and the precision that is fast there."""
     torch.manual_seed(seed)

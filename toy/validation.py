@@ -1,0 +1,114 @@
+"""What a training shows of itself, ten times meanwhile and at its end.
+
+Images for captions of the validation split, and on the toy world the judge's verdict on others.
+"""
+import itertools
+import math
+import time
+from pathlib import Path
+
+import common
+from image_data import CaptionedImages
+from toy import judge
+
+
+def validation_captions(dataset, count):
+    """A caption of each of the first images, not always the first wording."""
+    return [texts[i % len(texts)] for i, (_, texts, _) in enumerate(dataset.items[:count])]
+
+
+class Validation:
+    """What a training measures ten times: the loss, images, and on the toy world the share right.
+
+    pipeline: with the EMA weights. Of the toy world it grades the last `samples` scenes, which are
+    not those of `report`. `curve` gets (seconds of training so far, % right).
+    """
+    def __init__(self, pipeline, data, folder, samples):
+        self.pipeline = pipeline
+        self.data = data
+        self.folder = Path(folder)
+        self.every = max(1, pipeline.cfg.steps // 10)
+        items = CaptionedImages(data, "val", pipeline.image_size).items
+        # few enough to be decoded once and kept, up to 577 x 577 pixels
+        self.dataset = CaptionedImages(data, "val", pipeline.image_size, items[:256])
+        self.samples = samples if "scene" in items[0][2] else 0
+        self.first = max(0, len(items) - samples)
+        self.curve = [(0.0, 0.0)]
+
+    def start_clock(self):
+        self.started = time.perf_counter()
+
+    def at(self, step):
+        """{"validation": loss, "right": share} for metrics.csv; None at steps without a validation.
+
+        "right" is there if scenes are graded.
+        """
+        figures = {"validation": None, "right": None} if self.samples else {"validation": None}
+        if step % self.every:
+            return figures
+        common.synchronize(self.pipeline.device)
+        seconds = self.curve[-1][0] + time.perf_counter() - self.started
+        captions = validation_captions(self.dataset, 16)
+        path = self.folder / "samples" / f"step_{step}.png"
+        common.image_grid(self.pipeline.generate(captions), captions, path, columns=8)
+        figures["validation"] = self.pipeline.loss(self.dataset)
+        right = math.nan
+        if self.samples:
+            graded, _ = judge.accuracy(self.pipeline, self.data, self.samples, self.first)
+            right = graded["all"]
+            figures["right"] = right / 100
+        self.curve.append((seconds, right))
+        self.start_clock()                               # validations do not count
+        return figures
+
+    def report_speed(self):
+        """Prints, and adds to results.json, the ms a step, and when 80 % were right if they were.
+
+        For a training that was seen from its first step.
+        """
+        # without the first lap, in which images are decoded and a network is compiled
+        steps = self.every * (len(self.curve) - 2)
+        if not steps:
+            return
+        ms = 1e3 * (self.curve[-1][0] - self.curve[1][0]) / steps
+        images = 1e3 * self.pipeline.cfg.batch_size / ms
+        figures = {"step_ms": ms}
+        print(f"{ms:.1f} ms a step, {images:.0f} images a second")
+        seconds = time_until(self.curve, 80)
+        if not math.isnan(seconds):
+            figures["seconds_to_80"] = seconds
+            print(f"{seconds:.0f} s of training until 80 % of {self.samples} held-out captions "
+                  "were right")
+        common.write_results(self.folder, figures)
+
+
+def time_until(curve, right):
+    """When a curve [(time, % right), ...] first gets to `right` %, interpolated; nan if never."""
+    for (time_below, below), (time_above, above) in itertools.pairwise(curve):
+        if below < right <= above:
+            return time_below + (right - below) / (above - below) * (time_above - time_below)
+    return math.nan
+
+
+def report(pipeline, data, folder, samples, begin):
+    """Ends a training: generates images for captions and, on the toy world, grades `samples`.
+
+    Writes samples/validation.png and results.json. begin: time.time() at the start.
+    """
+    folder = Path(folder)
+    dataset = CaptionedImages(data, "val", pipeline.image_size)
+    captions = validation_captions(dataset, 24)
+    path = folder / "samples" / "validation.png"
+    common.image_grid(pipeline.generate(captions), captions, path)
+    print(f"captions of the validation split, drawn: {path}")
+    if "scene" not in dataset.items[0][2]:               # not the toy world
+        return
+    figures, table = judge.accuracy(pipeline, data, samples)
+    cfg = pipeline.cfg
+    judge.print_accuracy(figures, table, f"{folder}: {figures['samples']} held-out captions, "
+                         f"25 steps of {cfg.sampler}, guidance {cfg.guidance:g}")
+    figures["seconds"] = time.time() - begin
+    figures["peak_memory_mb"] = common.peak_memory_mb()
+    common.write_results(folder, figures)
+    print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; "
+          f"figures in {folder / 'results.json'}")
