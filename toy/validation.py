@@ -18,10 +18,10 @@ def validation_captions(dataset, count):
 
 
 class Validation:
-    """What a training measures ten times: the loss, images, and on the toy world the share right.
+    """What a training measures ten times, of `pipeline`, which has the EMA weights.
 
-    pipeline: with the EMA weights. Of the toy world it grades the last `samples` scenes, which are
-    not those of `report`. `curve` gets (seconds of training so far, % right).
+    The loss, and images: samples/step_<n>.png. On the toy world also the share right, of the last
+    `samples` scenes, which are not those of `report`. `curve`: (seconds of training, % right).
     """
     def __init__(self, pipeline, data, folder, samples):
         self.pipeline = pipeline
@@ -39,9 +39,9 @@ class Validation:
         self.started = time.perf_counter()
 
     def at(self, step):
-        """{"validation": loss, "right": share} for metrics.csv; None at steps without a validation.
+        """{"validation": loss, "right": share} for metrics.csv, None where none is due.
 
-        "right" is there if scenes are graded.
+        Without "right" if no scenes are graded.
         """
         figures = {"validation": None, "right": None} if self.samples else {"validation": None}
         if step % self.every:
@@ -62,13 +62,10 @@ class Validation:
         return figures
 
     def report_speed(self):
-        """Prints, and adds to results.json, the ms a step, and when 80 % were right if they were.
-
-        For a training that was seen from its first step.
-        """
+        """Prints and writes to results.json the ms a step, and when 80 % were right."""
         # without the first lap, in which images are decoded and a network is compiled
         steps = self.every * (len(self.curve) - 2)
-        if not steps:
+        if not steps:                                    # of one lap
             return
         ms = 1e3 * (self.curve[-1][0] - self.curve[1][0]) / steps
         images = 1e3 * self.pipeline.cfg.batch_size / ms
