@@ -429,13 +429,13 @@ class Diffusion:
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2)**2
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)         # abar_T stays above 0
         one = torch.ones(1, dtype=torch.float64)
-        self.abar = torch.cat([one, (1 - beta).cumprod(0)])      # on the CPU: few others know fp64
+        self.abar = torch.cat([one, (1 - beta).cumprod(0)])      # on the CPU: MPS has no float64
         self.tables = {}
 
     def scales(self, t, like):
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1), in dtype and device of `like`."""
         key = (like.device, like.dtype)
-        if key not in self.tables:                               # copied once: a GPU would wait
+        if key not in self.tables:                               # copied once: a copy takes time
             table = torch.stack([self.abar.sqrt(), (1 - self.abar).sqrt()])
             self.tables[key] = table.to(like.dtype).to(like.device)
         return self.tables[key][:, t].view(2, -1, 1, 1, 1).unbind()
@@ -543,7 +543,7 @@ def diffusion_loss(model, diffusion, x_0, t, eps, text, mask):
 
 
 def drop_captions(captions, p):
-    """Replaces each caption by the empty one with probability p, to learn guidance's "uncond"."""
+    """Replaces each caption by the empty one with probability p, to learn guidance's uncond."""
     drop = torch.rand(len(captions)) < p
     return ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist())]
 
