@@ -435,7 +435,7 @@ class Diffusion:
     def scales(self, t, like):
         """sqrt(abar_t) and sqrt(1 - abar_t), each (B, 1, 1, 1), in dtype and device of `like`."""
         key = (like.device, like.dtype)
-        if key not in self.tables:                               # copied once: a copy takes time
+        if key not in self.tables:                               # copied once: GPUs wait for copies
             table = torch.stack([self.abar.sqrt(), (1 - self.abar).sqrt()])
             self.tables[key] = table.to(like.dtype).to(like.device)
         return self.tables[key][:, t].view(2, -1, 1, 1, 1).unbind()
