@@ -349,7 +349,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         parallel = [(line["text"], line["english"]) for line in lines]
     if 3 in stages:                                 # missing scores stop here, not after stage 2
         best = best_items(cfg, data, base.image_size)
-    if args.overwrite:                              # no old stage may follow on a new one
+    if args.overwrite:                              # an old stage must not follow a new one
         for n in (1, 2, 3):
             shutil.rmtree(folder / f"stage{n}", ignore_errors=True)
         (folder / "results.json").unlink(missing_ok=True)
@@ -375,7 +375,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
 
 # --------------------------------------------------------------------------------- models and runs
 def make_model(cfg, uvit_cfg, llm, adapter_class=Adapter):
-    """ModuleDict of "adapter" and "uvit", what a stage trains and saves."""
+    """ModuleDict of "adapter" and "uvit", of which a stage trains a part and saves all."""
     adapter = adapter_class(cfg, llm.dim, uvit_cfg.text_length, uvit_cfg.text_dim)
     return nn.ModuleDict({"adapter": adapter, "uvit": UViT(uvit_cfg)}).to(llm.device).eval()
 

@@ -209,7 +209,7 @@ def fit_and_project(cfg, llm_means, rows, targets):
     llm_means = llm_means.double()
     targets = targets.double()
     known = llm_means[rows]
-    z = (llm_means - known.mean(0)) / (known.std(0) + 1e-3)   # of deviation 1 over the triples
+    z = (llm_means - known.mean(0)) / (known.std(0) + 1e-3)   # the triples': mean 0, deviation 1
     a = z[rows]
     b = targets - targets.mean(0)
     if cfg.llm_projection == "fitted":
@@ -265,7 +265,7 @@ def load_triples(pipeline, root):
 
 
 def encode_once(pipeline, llm, instruction, texts):
-    """N texts through both frozen models, which at every step would take half of the time.
+    """What both frozen models make of N texts; at every step they would take half of the time.
 
     Returns the text encoder's features (N, L, d), masks (N, L) and means over tokens (N, d), and
     the LLM's means (N, llm_dim). The LLM reads the instruction behind each text.
@@ -298,8 +298,7 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     every_text = ["", *(text for pair in triples for text in pair), *texts]
     # the row of each distinct text in the tensors that follow
     row_of = {text: row for row, text in enumerate(dict.fromkeys(every_text))}
-    features, masks, means, llm_means = encode_once(
-        pipeline, llm, cfg.instruction, list(row_of))
+    features, masks, means, llm_means = encode_once(pipeline, llm, cfg.instruction, list(row_of))
     narratives = [row_of[v] for v, _ in triples]
     keywords = [row_of[k] for _, k in triples]
     llm_targets = fit_and_project(cfg, llm_means, narratives, means[keywords])
