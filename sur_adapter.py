@@ -71,8 +71,8 @@ class Config:
     residual: Literal["h", "x"] = "h"  # what w adds to its attention; the paper adds x
     eta: float = 1.0                # weight of the adapter in its output
     noise_weight: float = 3.0       # weight of the noise loss
-    prompt_weight: float = 0.2      # weight of the distance from the keyword prompt
-    llm_weight: float = 2.0         # weight of the distance from the LLM
+    prompt_weight: float = 0.2      # weight of the distance to the keyword prompt
+    llm_weight: float = 2.0         # weight of the distance to the LLM
     llm_student: Literal["y", "h"] = "y"  # what the LLM teaches; the paper: h
     llm_projection: Literal["fitted", "random"] = "fitted"  # P; the paper: random
     temperature: float = 4.0        # T of both distances; at 1 they hardly see features below 0
@@ -209,7 +209,7 @@ def fit_and_project(cfg, llm_means, rows, targets):
     llm_means = llm_means.double()
     targets = targets.double()
     known = llm_means[rows]
-    z = (llm_means - known.mean(0)) / (known.std(0) + 1e-3)   # the triples': mean 0, deviation 1
+    z = (llm_means - known.mean(0)) / (known.std(0) + 1e-3)   # mean 0, deviation 1 over triples
     a = z[rows]
     b = targets - targets.mean(0)
     if cfg.llm_projection == "fitted":

@@ -27,7 +27,6 @@ import sample
 import toy
 from llm_adapter import PRESETS, Adapter, Config
 from toy import judge, language, multilingual
-from toy.language import IN_PLAIN_WORDS
 from toy.shapes import COLOURS
 
 
@@ -205,7 +204,7 @@ def probe(args):
             "token": own_token(llm, prompts["turns"]),
             "scene": same_scene(llm, prompts["german"], prompts["english"]),
             "colour": narrative_colour(llm, one_group, its_captions, ""),
-            "asked": narrative_colour(llm, one_group, its_captions, IN_PLAIN_WORDS),
+            "asked": narrative_colour(llm, one_group, its_captions, language.IN_PLAIN_WORDS),
         }
         for name, right in table.items():
             figures |= common.percent(f"layer{layer}_{name}", np.asarray(right))
@@ -236,7 +235,7 @@ def unseen_languages(args):
             figures |= common.percent(label + name, right)
             row += [figures[label + name], figures[f"{label}{name}_ci"]]
         rows.append(row)
-    common.print_table(rows, f"{args.run}: {args.samples} held-out scenes, in no training pair")
+    common.print_table(rows, f"{args.run}: {args.samples} scenes, in languages of no training pair")
     common.write_results(folder, figures)
 
 
