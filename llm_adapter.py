@@ -22,12 +22,9 @@ Other languages and long texts occur in stage 1 only; the captions of stages 2 a
     L_1 = cos-len + cross-entropy(p, mask of c)
     L_2 = L_3 = |U-ViT(x_t, t, y) - target|^2                      uvit_fusion.diffusion_loss
 
-    python llm_adapter.py --train              # on runs/uvit_fusion: 17 min on two CPU cores; 79 to
-                                               # 84 % right in four languages and in paragraphs
-    python llm_adapter.py --train --stages 1   # the first; go on with --stages 2 --resume
+    python llm_adapter.py --train    # on runs/uvit_fusion: 26 min on one CPU core; 79 to 84 % right
+                                     # in four languages and in paragraphs
     python sample.py "tres círculos verdes" --run runs/llm_adapter
-    python llm_adapter.py --train --base runs/coco --data coco --llm Qwen/Qwen2.5-1.5B \
-        --llm-layer -1 --parallel pairs.jsonl --stages 2 --out runs/coco_llm
 
 Differs from the paper (its values in brackets; docs/llm_adapter.md lists all ten):
  1. toy: width 128, 2 + 2 blocks, a tiny LLM of 1 M parameters, of which the embeddings are read
@@ -89,7 +86,7 @@ class Config:
     muon_lr_1: float = 2e-2  # highest learning rate of Muon in stage 1
     muon_lr_2: float = 5e-4  # highest learning rate of Muon in stage 2
     muon_lr_3: float = 5e-4  # highest learning rate of Muon in stage 3
-    # no flags: those of the stage that runs, set by `stage_config`
+    # no flags: those of the stage that runs, set by `train_stage`
     steps: int = 0
     lr: float = 0.0
     muon_lr: float = 0.0
@@ -118,12 +115,11 @@ class Config:
     method: str = "llm_adapter"
 
     def __post_init__(self):
-        bounds = {}
-        for name in ("steps", "lr", "muon_lr"):
-            bounds[name] = (0, 2**31)                 # 0 but for the stage that runs
-            bounds |= {f"{name}_{n}": common.BOUNDS[name] for n in (1, 2, 3)}
+        by_stage = ("steps", "lr", "muon_lr")
+        unset = {name: (0, 2**31) for name in by_stage}            # 0 until a stage runs
+        stages = {f"{name}_{n}": common.BOUNDS[name] for name in by_stage for n in (1, 2, 3)}
         common.check_bounds(
-            self, **bounds, batch_size=(2, 2**20), width=(2, 10**6), conv_kernel=(1, 1000),
+            self, **unset, **stages, batch_size=(2, 2**20), width=(2, 10**6), conv_kernel=(1, 1000),
             encoder_blocks=(0, 1000), decoder_blocks=(1, 1000), english_share=(0, 1), best=(0, 1))
         if self.width % self.heads or self.width % 2:
             raise UserError(f"--width {self.width} must be even and a multiple of --heads "
@@ -144,15 +140,6 @@ PRESETS = {
 # --quick: the same in small
 QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=240, steps_2=10, steps_3=10,
              warmup=10)
-
-
-def stage_config(cfg, n):
-    """The settings of stage n: steps_n, lr_n and muon_lr_n as steps, lr and muon_lr."""
-    return dataclasses.replace(
-        cfg,
-        steps=getattr(cfg, f"steps_{n}"),
-        lr=getattr(cfg, f"lr_{n}"),
-        muon_lr=getattr(cfg, f"muon_lr_{n}"))
 
 
 # ------------------------------------------------------------------------------------- the adapter
@@ -245,9 +232,13 @@ def alignment_loss(cfg, adapter, h, h_mask, c, c_mask, mask_text):
 
 
 def stage1_loss(cfg, adapter, base, llm, pairs):
-    """L_1, the mean over pairs (text, the same in English), shorter and longer ones apart."""
+    """L_1, the mean over pairs (text, the same in English)."""
+    # The longest quarter goes apart, since all texts of a batch are padded to its longest: a step
+    # took 0.59 s with the batch in one piece and 0.27 s in two, on a core of an AMD EPYC.
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
+    cut = 3 * len(pairs) // 4
     loss = 0
-    for part in split_by_length(pairs):
+    for part in (pairs[:cut], pairs[cut:]):
         h, h_mask = llm([text for text, _ in part])
         c, c_mask = base.text_encoder([english for _, english in part])
         with common.autocast(base.device, base.precision):
@@ -269,7 +260,7 @@ def stage2_3_loss(cfg, uvit, base, text_encoder, images, captions):
 # ---------------------------------------------------------------------------------------- the data
 def sample_pairs(cfg, captions, parallel, step):
     """The texts of a step of stage 1, [(text, the same in English)], the empty prompt first."""
-    rng = random.Random(cfg.seed * 10**9 + step)    # a resumed run equals an uninterrupted one
+    rng = random.Random(cfg.seed * 10**9 + step)    # a step depends on its number alone
     pairs = [("", "")]
     while len(pairs) < cfg.batch_size:
         if not parallel or rng.random() < cfg.english_share:
@@ -280,33 +271,23 @@ def sample_pairs(cfg, captions, parallel, step):
     return pairs
 
 
-def split_by_length(pairs):
-    """The shorter three quarters and the longest quarter of a batch, to be padded apart.
-
-    On a core of an AMD EPYC a step took 0.59 s with the batch in one piece and 0.27 s in two.
-    """
-    pairs = sorted(pairs, key=lambda pair: len(pair[0]))
-    cut = 3 * len(pairs) // 4
-    return pairs[:cut], pairs[cut:]
-
-
 def best_items(cfg, data, size):
     """The share `cfg.best` of the items of a split: those with the highest scores, for stage 3."""
-    way_out = ("--quality-split names the split that stage 3 takes images from, --quality a field "
-               "or a JSON file with their scores; --stages 2 does without")
     try:
         items = image_data.CaptionedImages(data, cfg.quality_split, size).items
+        if Path(cfg.quality).suffix == ".json":
+            scores = common.read_json(cfg.quality)        # {file name: score}
+        else:
+            scores = {path.name: annotation.get(cfg.quality) for path, _, annotation in items}
+        missing = [path.name for path, _, _ in items
+                   if not isinstance(scores.get(path.name), (int, float))]
+        if missing:
+            raise UserError(f"{len(missing)} of {len(items)} images have no score ({missing[0]})")
     except UserError as error:
-        raise UserError(f"--quality-split {cfg.quality_split}: {error}: {way_out}") from None
-    if Path(cfg.quality).suffix == ".json":
-        scores = common.read_json(cfg.quality)            # {file name: score}
-    else:
-        scores = {path.name: annotation.get(cfg.quality) for path, _, annotation in items}
-    missing = [path.name for path, _, _ in items
-               if not isinstance(scores.get(path.name), (int, float))]
-    if missing:
-        raise UserError(f"--quality {cfg.quality}: {len(missing)} of {len(items)} images of the "
-                        f"split {cfg.quality_split} have no score (first: {missing[0]}): {way_out}")
+        raise UserError(
+            f"--quality {cfg.quality} --quality-split {cfg.quality_split}: {error}: stage 3 takes "
+            "images from that split, and their scores from a field of its annotations or from a "
+            "JSON file; --stages 2 does without") from None
     ranked = sorted(items, key=lambda item: -scores[item[0].name])
     return ranked[:max(1, round(cfg.best * len(items)))]
 
@@ -318,7 +299,9 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
     model: from `new_model`, gets the EMA weights; base: the pipeline whose text encoder is
     replaced; data: (English captions, [(text, the same in English)]) in stage 1, else a dataset.
     """
-    cfg = stage_config(cfg, n)
+    cfg = dataclasses.replace(
+        cfg, steps=getattr(cfg, f"steps_{n}"), lr=getattr(cfg, f"lr_{n}"),
+        muon_lr=getattr(cfg, f"muon_lr_{n}"))
     seed = 10 * cfg.seed + n                        # each stage draws different noise
     model.requires_grad_(False)
     trained = {1: model["adapter"], 2: model, 3: model["uvit"]}[n].requires_grad_(True)
@@ -358,7 +341,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
 
     args: has .overwrite, and .resume, with which finished stages stay as they are.
     """
-    items = image_data.CaptionedImages(data, "train", base.cfg.size).items
+    items = image_data.CaptionedImages(data, "train", base.image_size).items
     captions = [caption for _, texts, _ in items for caption in texts]
     parallel = []
     if cfg.parallel:
@@ -367,7 +350,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         parallel = [(line["text"], line["english"]) for line in lines]
     if 3 in stages:                                 # missing scores stop here, not after stage 2
         best = best_items(cfg, data, base.image_size)
-    if args.overwrite:                              # no old stage may follow on a new one
+    if args.overwrite:                              # an old stage must not follow a new one
         for n in (1, 2, 3):
             shutil.rmtree(folder / f"stage{n}", ignore_errors=True)
         (folder / "results.json").unlink(missing_ok=True)
@@ -384,7 +367,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         else:
             stage_data = base.dataset(data, cfg.quality_split, best)
         train_stage(n, cfg, model, base, llm, stage_data, stage_folder, args)
-        for name in ("config.json", "uvit.json", "model.safetensors"):  # <folder> is a run, too
+        for name in ("config.json", "uvit.json", "model.safetensors"):   # makes <folder> a run
             with common.atomic_write(folder / name) as unfinished:
                 shutil.copy(stage_folder / name, unfinished)
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
@@ -393,7 +376,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
 
 # --------------------------------------------------------------------------------- models and runs
 def make_model(cfg, uvit_cfg, llm, adapter_class=Adapter):
-    """ModuleDict of "adapter" and "uvit", what a stage trains and saves."""
+    """ModuleDict of "adapter" and "uvit", of which a stage trains a part and saves all."""
     adapter = adapter_class(cfg, llm.dim, uvit_cfg.text_length, uvit_cfg.text_dim)
     return nn.ModuleDict({"adapter": adapter, "uvit": UViT(uvit_cfg)}).to(llm.device).eval()
 

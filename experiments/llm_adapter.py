@@ -5,11 +5,11 @@
     python -m experiments.llm_adapter unseen-languages --run runs/llm_adapter --samples 512
 
 `compare` trains each variant in stage 1 alone, on the same texts in the same order; "no_stage_1" in
-stage 2 alone. Grades it on held-out scenes: in four languages taking turns, as paragraphs, and in
-English. Prints one table and writes results.json into runs/llm_compare. A variant that is finished
-is kept, so the command can be given again. `probe` trains no adapter: linear maps tell what the
-states of a layer know, into runs/llm_probe. `unseen-languages` grades a trained run on captions in
-languages that no training pair has, which only a large LLM knows.
+stage 2 alone. It grades them on held-out scenes: in four languages taking turns, as paragraphs, and
+in English. Given again, it trains only what is not finished. `probe` trains no adapter: linear maps
+tell what the states of a layer know. `unseen-languages` grades a trained run on captions in
+languages that no training pair has, which only a large LLM knows. Each prints a table and writes
+results.json.
 """
 import argparse
 import dataclasses
@@ -25,7 +25,6 @@ import encoders
 import llm_adapter
 import sample
 import toy
-from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
 from toy import judge, language, multilingual
 from toy.shapes import COLOURS
@@ -77,6 +76,7 @@ class LayersSideBySide:
 
 
 def embeddings_and_last(cfg, llm):
+    """llm: reads the embeddings."""
     last = encoders.LLMEncoder(cfg.llm, -1, cfg.instruction, llm.device, llm.model.dtype)
     return LayersSideBySide([llm, last])
 
@@ -97,28 +97,21 @@ ABLATIONS = {
 }
 ADAPTERS = {"no_mask": UnmaskedAdapter, "mlp": MLPAdapter, "mlp_last": MLPAdapter}
 LLMS = {"random_embeddings": shuffle_embeddings, "embeddings_and_last": embeddings_and_last}
-KINDS = ("turns", "long", "english")            # of prompts, see toy.multilingual
 
 
 # ---------------------------------------------------------------------------------- the comparison
 def run_variant(name, cfg, folder, args):
-    """Trains and grades a variant, or reads the figures of one that is finished."""
+    """Trains and grades a variant: {kind of prompt: % right, kind_ci: ...}."""
     base, data, llm, cfg = llm_adapter.prepare(cfg, args)
     if name in LLMS:
         llm = LLMS[name](cfg, llm)
         cfg.llm_identity = name                 # no run that sample.py could load with cfg.llm
-    stage = 2 if name == "no_stage_1" else 1
-    if (folder / "results.json").exists() and not args.overwrite:
-        if common.read_config(Config, folder) != llm_adapter.stage_config(cfg, stage):
-            raise UserError(f"{folder}/ was made with other settings: give the same ones, "
-                            "--overwrite, or another --out")
-        return common.read_json(folder / "results.json")
     print(f"\n{name}, into {folder}/")
-    run_args = argparse.Namespace(resume=not args.overwrite, overwrite=args.overwrite)
+    stage = 2 if name == "no_stage_1" else 1
     adapter_class = ADAPTERS.get(name, Adapter)
-    pipeline = llm_adapter.train(cfg, base, llm, data, folder, run_args, [stage], adapter_class)
+    pipeline = llm_adapter.train(cfg, base, llm, data, folder, args, [stage], adapter_class)
     figures = {}
-    for kind in KINDS:
+    for kind in ("turns", "long", "english"):   # see toy.multilingual
         _, right = multilingual.grade(pipeline, kind, data, args.samples, args.sample_steps)
         figures |= common.percent(kind, right)
     common.write_results(folder, figures)
@@ -128,6 +121,7 @@ def run_variant(name, cfg, folder, args):
 def compare(args):
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or "runs/llm_compare")
+    args.resume = not args.overwrite            # what is finished is not trained again
     rows = [["all right, %", "four languages", "+-", "long", "english"]]
     figures = {}
     for name, change in ABLATIONS.items():
@@ -144,14 +138,8 @@ def compare(args):
 
 
 # ------------------------------------------------------------------------------ what a layer tells
-QUESTION = ". in plain words:"                  # behind it, the tiny LLM has seen the meaning
-
-
 def linear_map(states, labels, others):
-    """The labels (M,) of `others` (M, D) by a linear map that is fitted to `states` (N, D), (N,).
-
-    By ridge regression.
-    """
+    """The labels (M,) of others (M, D) by ridge regression from states (N, D) to labels (N,)."""
     x = F.pad(F.layer_norm(states, states.shape[-1:]), (0, 1), value=1.0)            # (N, D + 1)
     y = F.one_hot(labels).float()
     weight = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
@@ -186,9 +174,9 @@ def same_scene(llm, texts, english):
 
 
 def narrative_colour(llm, scenes, captions, question):
-    """Whose colour a linear map of the last state names in narratives, fitted to captions, (N,).
+    """In which narratives a linear map, fitted to captions, names the colour, (N,).
 
-    The scenes have one group each; question: what stands behind each text.
+    It reads the last state. The scenes have one group each; question: is put behind each text.
     """
     labels = torch.tensor([list(COLOURS).index(scene.groups[0].colour) for scene in scenes])
     narratives = [language.narrative(scene, random.Random(i)) for i, scene in enumerate(scenes)]
@@ -216,7 +204,7 @@ def probe(args):
             "token": own_token(llm, prompts["turns"]),
             "scene": same_scene(llm, prompts["german"], prompts["english"]),
             "colour": narrative_colour(llm, one_group, its_captions, ""),
-            "asked": narrative_colour(llm, one_group, its_captions, QUESTION),
+            "asked": narrative_colour(llm, one_group, its_captions, language.IN_PLAIN_WORDS),
         }
         for name, right in table.items():
             figures |= common.percent(f"layer{layer}_{name}", np.asarray(right))
@@ -247,7 +235,7 @@ def unseen_languages(args):
             figures |= common.percent(label + name, right)
             row += [figures[label + name], figures[f"{label}{name}_ci"]]
         rows.append(row)
-    common.print_table(rows, f"{args.run}: {args.samples} held-out scenes, read for the first time")
+    common.print_table(rows, f"{args.run}: {args.samples} scenes, in languages of no training pair")
     common.write_results(folder, figures)
 
 
@@ -260,7 +248,7 @@ def main():
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
-    common.add_training_flags(parser, "folder of the runs (default runs/llm_compare)")
+    common.add_training_flags(parser, "folder (default runs/llm_compare or llm_probe)")
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()
     if args.action == "compare":

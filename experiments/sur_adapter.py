@@ -3,11 +3,11 @@
     python -m experiments.sur_adapter unheard --steps 600 --samples 512
     python -m experiments.sur_adapter compare --steps 1000 --samples 512
 
-Trains each variant with the same data, steps and noise, grades it on held-out scenes, as narratives
-of words that the triples have in new pairs, of unheard words that only the LLM has read, and as
-plain captions, prints one table and writes results.json. "unheard" trains two variants, with the
-LLM's term and without it, and lets the LLM rewrite the narratives for the base. A variant that is
-finished is kept, so the command can be given again.
+Trains each variant with the same data, steps and noise. Grades it on held-out scenes, told in three
+ways: narratives of words that the triples have in new pairs, narratives with an unheard word that
+only the LLM has read, and plain captions. Prints one table and writes results.json. "unheard"
+trains two variants only, with the LLM's term and without it. In both the LLM also rewrites the
+narratives for the base. Given again, the command trains only what is not finished.
 """
 import argparse
 import dataclasses
@@ -18,8 +18,8 @@ import torch.nn as nn
 import common
 import sur_adapter
 import toy.narratives
-from common import UserError
 from sur_adapter import PRESETS, Adapter, Config
+from toy.narratives import KINDS
 from uvit_fusion import softmax_attention
 
 
@@ -55,68 +55,52 @@ ABLATIONS = {
     "random_p": {"llm_projection": "random"},
 }
 ADAPTERS = {"as_released": AsReleased}
+# the main figures have a second, shorter name
+SHORT_NAMES = {"narrative": "as_intended_narrative", "unheard": "as_intended_unheard",
+               "unheard_without_llm": "no_llm_unheard", "rewriting": "rewriting_narrative"}
 
 
 # ------------------------------------------------------------------------------- the comparison
-def grade(pipeline, data, args, **more):
-    """% of held-out scenes all right: each kind of prompt, and its _ci; more: for `grade`."""
+def grade(pipeline, data, args, kinds=KINDS, rewrite=None):
+    """{kind: % of held-out scenes all right, kind_ci: ...} of each kind of prompt."""
     _, tables = toy.narratives.grade(
-        pipeline, data, args.samples, args.first, steps=args.sample_steps, **more)
+        pipeline, data, args.samples, args.sample_steps, kinds, rewrite)
     figures = {}
     for kind, table in tables.items():
         figures |= common.percent(kind, table["all"])
     return figures
 
 
-def run_variant(name, cfg, base, llm, dataset, texts, data, folder, args):
-    """Trains and grades a variant, or reads the figures of one that is finished."""
-    if (folder / "results.json").exists() and not args.overwrite:
-        if common.read_config(Config, folder) != cfg:
-            raise UserError(f"{folder}/ was made with other settings: give the same ones, "
-                            "--overwrite, or another --out")
-        return common.read_json(folder / "results.json")
-    print(f"\n{name}, into {folder}/")
-    run_args = argparse.Namespace(resume=not args.overwrite, overwrite=args.overwrite)
-    adapter_class = ADAPTERS.get(name, Adapter)
-    pipeline = sur_adapter.train(cfg, base, llm, dataset, texts, folder, run_args, adapter_class)
-    figures = grade(pipeline, data, args)
-    common.write_results(folder, figures)
-    return figures
-
-
-def renamed(result, kind, name):
-    return {name: result[kind], f"{name}_ci": result[f"{kind}_ci"]}
-
-
 def compare(args):
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or f"runs/sur_{args.action}")
     base, data, llm, cfg = sur_adapter.prepare(cfg, args)
-    triples = Path(data) / "train2017"
-    dataset, texts = sur_adapter.load_triples(base, triples)
+    dataset, texts = sur_adapter.load_triples(base, Path(data) / "train2017")
     results = {"base": grade(base, data, args)}
     rewriter = toy.narratives.Rewriter(cfg.llm, base.device)
-    results["rewriting"] = grade(
-        base, data, args, kinds=("narrative", "unheard"), rewrite=rewriter)
+    results["rewriting"] = grade(base, data, args, ("narrative", "unheard"), rewriter)
     names = ("as_intended", "no_llm") if args.action == "unheard" else ABLATIONS
+    args.resume = not args.overwrite                  # what is finished is not trained again
     for name in names:
+        print(f"\n{name}, into {folder / name}/")
         variant = dataclasses.replace(cfg, **ABLATIONS[name])
-        results[name] = run_variant(
-            name, variant, base, llm, dataset, texts, data, folder / name, args)
+        adapter_class = ADAPTERS.get(name, Adapter)
+        pipeline = sur_adapter.train(
+            variant, base, llm, dataset, texts, folder / name, args, adapter_class)
+        results[name] = grade(pipeline, data, args)
+        common.write_results(folder / name, results[name])
 
-    rows = [["all right, %", "narratives", "+-", "unheard words", "+-", "plain", "+-"]]
+    rows = [["all right, %", "plain", "+-", "narratives", "+-", "unheard words", "+-"]]
     figures = {}
     for name, result in results.items():
         row = [name]
-        for kind in ("narrative", "unheard", "plain"):
+        for kind in KINDS:                            # the LLM rewrites no plain captions
             row += [result.get(kind, ""), result.get(f"{kind}_ci", "")]
-            if kind in result:                                # the LLM rewrites narratives only
-                figures |= renamed(result, kind, f"{name}_{kind}")
         rows.append(row)
-    figures |= renamed(results["as_intended"], "narrative", "narrative")
-    figures |= renamed(results["as_intended"], "unheard", "unheard")
-    figures |= renamed(results["no_llm"], "unheard", "unheard_without_llm")
-    figures |= renamed(results["rewriting"], "narrative", "rewriting")
+        figures |= {f"{name}_{kind}": value for kind, value in result.items()}
+    for short, name in SHORT_NAMES.items():
+        figures[short] = figures[name]
+        figures[f"{short}_ci"] = figures[f"{name}_ci"]
     common.write_results(folder, figures)
     common.print_table(rows, f"{folder}: {args.samples} held-out scenes, {cfg.steps} steps of "
                        f"training, {args.sample_steps} of sampling")
@@ -129,8 +113,6 @@ def main():
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
-    parser.add_argument("--first", type=common.natural, default=0,
-                        help="first validation scene that is graded (default %(default)s)")
     common.add_training_flags(parser, "folder of the runs (default runs/sur_<action>)")
     common.add_config_flags(parser, Config, PRESETS)
     compare(parser.parse_args())

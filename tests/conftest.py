@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +49,20 @@ def make_clip(folder):
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
     return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def make_llm(folder, seed=0):
+    """The folder of a Llama of random weights, in the real format: 16 features, 2 layers."""
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    from toy.models import train_tokenizer
+    torch.manual_seed(seed)
+    LlamaModel(LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2)).save_pretrained(folder)
+    train_tokenizer(["a man on a horse"], 300, 64).save_pretrained(folder)
+    return str(folder)
 
 
 def make_coco(root, year="2017", train=12, val=4):
@@ -117,6 +132,26 @@ def save_run(pipeline, folder):
     common.write_json(folder / "config.json", dataclasses.asdict(pipeline.cfg))
     common.save_tensors(pipeline.model.state_dict(), folder / "model.safetensors")
     return folder
+
+
+class Painter:
+    """Stands for a pipeline: of its prompts, one for each of the first scenes of the validation
+    split, it draws those that it knows, and nothing for others."""
+    def __init__(self, known, data, clip_folder):
+        import torch
+
+        import image_data
+        dataset = image_data.CaptionedImages(data, "val", 24)
+        self.images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in range(20)])
+        self.known = known
+        self.cfg = SimpleNamespace(clip=clip_folder)
+        self.device = torch.device("cpu")
+        self.image_size = 24
+
+    def generate(self, prompts, **sampling):
+        images = self.images[:len(prompts)].copy()
+        images[[prompt not in self.known for prompt in prompts]] = 255
+        return images
 
 
 @pytest.fixture

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, run, save_run, tiny_pipeline
+from conftest import Painter, make_llm, refused, run, save_run, tiny_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 import common
 import encoders
-import image_data
 import sur_adapter
 import toy.narratives
 import uvit_fusion
 from common import UserError
 from experiments import sur_adapter as experiment
-from sur_adapter import Adapter, Config, feature_kl, fit_projection, losses, pad_with_last_token
+from sur_adapter import Adapter, Config, feature_kl, fit_and_project, losses, pad_with_last_token
 from toy import judge, language
 from uvit_fusion import diffusion_loss
 
@@ -172,15 +171,15 @@ def test_p_says_in_features_what_the_llm_makes_of_a_text_that_no_triple_has():
     states = meanings @ torch.randn(6, 20, generator=generator) + 5
     features = meanings @ torch.randn(6, 8, generator=generator) - 2
     rows = list(range(0, 900, 2))
-    found = fit_projection(Config(), states, rows, features[rows])
+    found = fit_and_project(Config(), states, rows, features[rows])
     assert torch.allclose(found, features, atol=0.3)
-    random = fit_projection(Config(llm_projection="random"), states, rows, features[rows])
+    random = fit_and_project(Config(llm_projection="random"), states, rows, features[rows])
     assert random.shape == features.shape and (random - features).std() > 1
 
 
 def test_p_is_the_ridge_regression_on_features_of_deviation_one():
     states = torch.tensor([[0.0], [2.0], [4.0], [100.0]])
-    found = fit_projection(Config(), states, [0, 1, 2], torch.tensor([[1.0], [2.0], [3.0]]))
+    found = fit_and_project(Config(), states, [0, 1, 2], torch.tensor([[1.0], [2.0], [3.0]]))
     z = (states - 2) / (2 + 1e-3)
     weight = 2 / (2 + 10)                     # z is -1, 0, 1; so are the targets less their mean
     assert torch.allclose(found, weight * z + 2, atol=1e-2)
@@ -202,17 +201,7 @@ def test_the_released_adapter_attends_over_the_batch_and_is_not_the_identity():
 # -------------------------------------------------------------------------------------- a training
 @pytest.fixture(scope="module")
 def llm_folder(tmp_path_factory):
-    """A Llama of random weights, saved as a real one is: 16 features, 2 layers."""
-    from transformers import LlamaConfig, LlamaModel
-
-    from toy.models import train_tokenizer
-    folder = tmp_path_factory.mktemp("llm")
-    torch.manual_seed(0)
-    LlamaModel(LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2)).save_pretrained(folder)
-    train_tokenizer(["a man on a horse"], 300, 64).save_pretrained(folder)
-    return str(folder)
+    return make_llm(tmp_path_factory.mktemp("llm"))
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +269,7 @@ def test_a_step_learns_from_the_weighted_terms_of_its_triples(
     def as_it_is(cfg, llm_features, rows, targets):
         fitted.append((llm_features[rows], targets))
         return F.pad(llm_features, (0, 16))                               # as wide as targets
-    monkeypatch.setattr(sur_adapter, "fit_projection", as_it_is)
+    monkeypatch.setattr(sur_adapter, "fit_and_project", as_it_is)
     cfg = Config(**SMALL | dict(caption_dropout=0.5, grad_clip=0.0, noise_weight=2.0,
                                 prompt_weight=3.0, llm_weight=5.0))
     dataset, texts = sur_adapter.load_triples(base, world / "surd")
@@ -364,26 +353,8 @@ def test_slips_end_in_one_line(world, llm_folder, coco):
 
 
 # --------------------------------------------------------------------------- grading and comparing
-class Painter:
-    """Stands for a pipeline: draws the scenes of the prompts it knows, and nothing for others."""
-    def __init__(self, known, images, clip_folder):
-        self.known = known
-        self.images = images
-        self.cfg = SimpleNamespace(clip=clip_folder)
-        self.device = "cpu"
-        self.model = torch.nn.Linear(4, 10)
-        self.text_encoder = SimpleNamespace(adapter=torch.nn.Linear(1, 5))
-
-    def generate(self, prompts, **sampling):
-        images = self.images[:len(prompts)].copy()
-        images[[prompt not in self.known for prompt in prompts]] = 255
-        return images
-
-
 def test_a_grade_tells_narratives_from_plain_captions(
         toy_data, clip_folder, tmp_path, monkeypatch):
-    dataset = image_data.CaptionedImages(toy_data, "val", 24)
-    images = np.stack([dataset.image(i).permute(1, 2, 0).numpy() for i in range(20)])
     scenes, captions, _ = judge.validation_scenes(toy_data, 20)
     narratives = language.narrative_prompts(scenes)
     unheard = language.narrative_prompts(scenes, "unheard")
@@ -391,8 +362,10 @@ def test_a_grade_tells_narratives_from_plain_captions(
     said = dict(zip(narratives[:15] + unheard[:5], captions[:15] + captions[:5]))
     monkeypatch.setattr(toy.narratives, "Rewriter", lambda llm, device: (
         lambda prompts: [said.get(prompt, "") for prompt in prompts]))
-    base = Painter(captions, images, clip_folder)
-    adapted = Painter(captions[:10] + narratives + unheard[:4], images, clip_folder)
+    base = Painter(captions, toy_data, clip_folder)
+    base.model = torch.nn.Linear(4, 10)
+    adapted = Painter(captions[:10] + narratives + unheard[:4], toy_data, clip_folder)
+    adapted.text_encoder = SimpleNamespace(adapter=torch.nn.Linear(1, 5))
     figures = toy.narratives.report(
         base, adapted, "llm", toy_data, tmp_path, samples=20, steps=2)
     assert figures["base_plain"] == figures["narrative"] == figures["colour"] == 100
@@ -446,6 +419,6 @@ def test_a_comparison_keeps_what_is_finished(toy_data, base, llm_folder, tmp_pat
         assert {name, f"{name}_ci"} <= set(figures)
     config = json.loads((tmp_path / "out" / "no_llm" / "config.json").read_text())
     assert config["llm_weight"] == 0 and not (tmp_path / "out" / "others").exists()
-    monkeypatch.setattr(sur_adapter, "train", None)                      # nothing is trained again
-    assert unheard()[0] == 0
-    refused(unheard("--seed", 1), "as_intended/ was made with other settings", "--overwrite")
+    monkeypatch.setattr(sur_adapter, "losses", None)                     # nothing is trained again
+    assert unheard()[1].splitlines()[-4:] == table.splitlines()[-4:]
+    refused(unheard("--seed", 1), "as_intended/ was begun with seed = 0, now it is 1")

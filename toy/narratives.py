@@ -9,39 +9,30 @@ from tqdm import trange
 
 import common
 import encoders
-from common import UserError
 from toy import judge
 from toy.gain import clip_distance
 from toy.language import IN_PLAIN_WORDS, narrative_prompts
 from toy.shapes import FIELDS, keywords
 
-# the prompts that are graded: of the scenes' captions, and narratives with a pair of this kind
+# the prompts that are graded: captions, and narratives with a hard pair of words of this kind
 KINDS = {"plain": None, "narrative": "new pair", "unheard": "unheard"}
 
 
-def prompts_of(kind, scenes, captions):
-    """The prompts of one of KINDS for validation scenes."""
-    return captions if kind == "plain" else narrative_prompts(scenes, KINDS[kind])
-
-
-def grade(pipeline, data, samples, first=0, kinds=KINDS, rewrite=None, **sampling):
+def grade(pipeline, data, samples, steps, kinds=KINDS, rewrite=None):
     """Generates held-out scenes from prompts of several kinds, with the same noise.
 
     Returns two dicts with the `kinds` as keys: images (N, H, W, 3), and their tables by
-    `judge.grade_images`. first: scenes before it are left out; rewrite: changes the prompts;
-    sampling: more for `pipeline.generate`.
+    `judge.grade_images`. rewrite: a function that changes the prompts, such as a `Rewriter`.
     """
-    scenes, captions, unseen = judge.validation_scenes(data, first + samples)
-    if first >= len(scenes):
-        raise UserError(f"--first {first}: {data} has only {len(scenes)} validation scenes")
+    scenes, captions, unseen = judge.validation_scenes(data, samples)
     images = {}
     tables = {}
     for kind in kinds:
-        prompts = prompts_of(kind, scenes, captions)[first:]
+        prompts = captions if kind == "plain" else narrative_prompts(scenes, KINDS[kind])
         if rewrite:
             prompts = rewrite(prompts)
-        images[kind] = pipeline.generate(prompts, progress=True, **sampling)
-        tables[kind] = judge.grade_images(images[kind], scenes[first:], unseen[first:])
+        images[kind] = pipeline.generate(prompts, steps=steps, progress=True)
+        tables[kind] = judge.grade_images(images[kind], scenes, unseen)
     return images, tables
 
 
@@ -69,11 +60,10 @@ class Rewriter:
 
 def report(base, adapted, llm, data, folder, samples, steps):
     """Prints a table, draws samples/narratives.png, returns the figures of results.json."""
-    base_images, base_tables = grade(base, data, samples, steps=steps)
-    images, tables = grade(adapted, data, samples, steps=steps)
+    base_images, base_tables = grade(base, data, samples, steps)
+    images, tables = grade(adapted, data, samples, steps)
     rewriter = Rewriter(llm, base.device)
-    _, rewritten = grade(base, data, samples, kinds=("narrative", "unheard"), rewrite=rewriter,
-                         steps=steps)
+    _, rewritten = grade(base, data, samples, steps, ("narrative", "unheard"), rewriter)
     figures = {}
     rows = [["right, %", "base", "with the adapter", "+-", "LLM rewrites, base draws", "+-"]]
     for name in (*KINDS, *FIELDS):                               # the fields of narratives
@@ -81,24 +71,19 @@ def report(base, adapted, llm, data, folder, samples, steps):
         field = name if name in FIELDS else "all"
         figures |= common.percent(f"base_{name}", base_tables[kind][field])
         figures |= common.percent(name, tables[kind][field])
-        row = [f"{kind}, {field}", figures[f"base_{name}"], figures[name], figures[f"{name}_ci"]]
-        rival = common.percent("", rewritten[kind][field]) if kind in rewritten else {}
-        rows.append([*row, *(rival.values() or ("", ""))])
+        rival = ["", ""]
+        if kind in rewritten:
+            rival = common.percent("", rewritten[kind][field]).values()
+        rows.append([f"{kind}, {field}", figures[f"base_{name}"], figures[name],
+                     figures[f"{name}_ci"], *rival])
+    common.print_table(rows, f"{folder}: {samples} held-out scenes, {steps} sampling steps")
     figures |= common.percent("rewriting", rewritten["narrative"]["all"])
     figures |= common.percent("rewriting_unheard", rewritten["unheard"]["all"])
-    common.print_table(rows, f"{folder}: {samples} held-out scenes, {steps} sampling steps")
-    figures |= compare_plain(base, base_images, base_tables, adapted, images, tables, data)
-    draw(base, base_images, images, data, folder, steps)
-    return figures
 
-
-def compare_plain(base, base_images, base_tables, adapted, images, tables, data):
-    """What the adapter costs plain captions, and its size; prints the first."""
-    figures = common.percent("plain_loss", base_tables["plain"]["all"] - tables["plain"]["all"])
+    # what the adapter costs plain captions, image by image, and its size
+    figures |= common.percent("plain_loss", base_tables["plain"]["all"] - tables["plain"]["all"])
     # max: an untrained base gets no caption right
-    base_plain = 100 * max(0.01, float(np.mean(base_tables["plain"]["all"])))
-    narrative = 100 * float(np.mean(tables["narrative"]["all"]))
-    figures["narrative_share"] = 100 * narrative / base_plain
+    figures["narrative_share"] = 100 * figures["narrative"] / max(1, figures["base_plain"])
     adapter_size = sum(p.numel() for p in adapted.text_encoder.adapter.parameters())
     base_size = sum(p.numel() for p in base.model.parameters())
     figures["adapter_share"] = 100 * adapter_size / base_size
@@ -108,17 +93,18 @@ def compare_plain(base, base_images, base_tables, adapted, images, tables, data)
     print(f"plain captions, image by image: {figures['plain_loss']:.1f} +- "
           f"{figures['plain_loss_ci']:.1f} points lost; CLIP distance to real images "
           f"{figures['distance']:.4f}, of the base {figures['distance_base']:.4f}")
+    draw(base, adapted, data, folder, steps)
     return figures
 
 
-def draw(base, base_images, images, data, folder, steps):
-    """A grid of eight narratives: the base, the adapter, the base with keyword prompts."""
+def draw(base, adapted, data, folder, steps):
+    """Draws samples/narratives.png: by the base, with the adapter, keyword prompts by the base."""
     scenes, _, _ = judge.validation_scenes(data, 8)
     narratives = narrative_prompts(scenes)
     prompts = [keywords(scene) for scene in scenes]
-    keyword_images = base.generate(prompts, steps=steps)
-    grid = [base_images["narrative"][:8], images["narrative"][:8], keyword_images]
+    images = [base.generate(narratives, steps=steps), adapted.generate(narratives, steps=steps),
+              base.generate(prompts, steps=steps)]
     path = folder / "samples" / "narratives.png"
-    common.image_grid(np.concatenate(grid), [""] * 8 + narratives + prompts, path, columns=8,
+    common.image_grid(np.concatenate(images), [""] * 8 + narratives + prompts, path, columns=8,
                       titles=["base", "with the adapter", "base, keyword prompts"])
     print(f"narratives, drawn: {path}")
