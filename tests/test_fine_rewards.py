@@ -177,8 +177,8 @@ def some_images(count, side=24):
 
 
 @pytest.fixture(scope="module")
-def rewards(world, clip_folder):
-    return Rewards(small(world, weights=(1.0,) * 4, score_batch=3), clip_folder, CPU, torch.float32)
+def rewards(world):
+    return Rewards(small(world, weights=(1.0,) * 4, score_batch=3), load_base(world))
 
 
 def test_rewards_are_what_they_are_called(world, rewards):
@@ -203,7 +203,8 @@ def test_rewards_are_what_they_are_called(world, rewards):
 @pytest.mark.parametrize("space_apart", [True, False])
 def test_a_label_scores_its_expectation_over_1_2_3_as_the_next_token(tmp_path, space_apart):
     save_llm(tmp_path, PROMPTS if space_apart else PROMPTS + ["x: 1", "x: 2", "x: 3"] * 50)
-    scorer = fine_rewards.LabelScorer(str(tmp_path), "toy", CPU, torch.float32)
+    instruction = fine_rewards.Config.instruction
+    scorer = fine_rewards.LabelScorer(str(tmp_path), instruction, CPU, torch.float32)
     pairs = [(prompt, label) for prompt in PROMPTS for label in LABELS]
     expected = []
     for prompt, label in pairs:             # alone, from the softmax over the whole vocabulary
@@ -435,12 +436,12 @@ def test_two_sided_scores_also_ask_for_what_the_prompt_names():
     assert np.allclose(recalls, [0.5, 0.25 - 0.5, 0.5, -0.5, (2 / 3 + 1) / 2 - 0.5, 0])
 
 
-def test_the_two_sided_reward_is_the_mean_of_both_sides(world, clip_folder):
+def test_the_two_sided_reward_is_the_mean_of_both_sides(world):
     cfg = small(world, weights=(0.0, 1.0, 0.0, 0.0))
     images = some_images(4)
     scores = {}
     for kind in ("one-sided", "two-sided"):
-        rewards = Rewards(dataclasses.replace(cfg, sam_score=kind), clip_folder, CPU, torch.float32)
+        rewards = Rewards(dataclasses.replace(cfg, sam_score=kind), load_base(world))
         rewards.label_scorer = lambda pairs: np.array([1.0 + len(p) % 2 + len(b) % 2
                                                        for p, b in pairs])
         scores[kind] = rewards(images, PROMPTS)["sam"]
