@@ -25,9 +25,7 @@ Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, score
     python fine_rewards.py --train          # 16 min on two cores: from 61 to 75 % right
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
-    python -m experiments.fine_rewards choose --samples 300    # which reward finds right images
-    python -m experiments.fine_rewards compare     # what is learned from them, random, real images
-    python -m experiments.fine_rewards analyse     # which mistakes each reward notices
+    python -m experiments.fine_rewards choose --samples 300     # or compare, analyse: the rewards
 
 Differs from the paper [what its release does]; docs/fine_rewards.md has the rest:
  1. All K candidates are scored against their own prompt [candidate i against the i-th prompt].
@@ -87,7 +85,6 @@ class Config:
     candidate_guidance: float = 1.5  # guidance that candidates are sampled with
     weights: tuple = (1.0, 0.5, 1.0, 0.0)  # of the ranks by caption, SAM, CLIP, aesthetic reward
     sam_score: Literal["one-sided", "two-sided"] = "one-sided"  # two-sided: and what is missing
-    min_part: float = 0.012  # parts below this share of an image are ignored
     score_batch: int = 256  # images that are scored at a time
     keep: float = 0.8  # share of the prompts to learn from, those with the best images
     # tune
@@ -117,8 +114,8 @@ class Config:
             raise UserError(f"--weights: one of {', '.join(REWARDS)} must be above 0")
         common.check_bounds(
             self, prompts=(1, 10**7), candidates=(2, 10**4), sample_steps=(1, 1000),
-            min_part=(0, 1), score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9),
-            real=(0, 1000), rounds=(1, 1000), rank=(1, 10**6))
+            score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9), real=(0, 1000),
+            rounds=(1, 1000), rank=(1, 10**6))
         if "{prompt}" not in self.instruction or "{label}" not in self.instruction:
             raise UserError("--instruction must have {prompt} and {label} in it")
 
@@ -235,14 +232,14 @@ NUMBERS = re.compile(r"\b(an?(?! \w+ of\b)|one|1)\b|\b(an? (?:pair|couple) of|tw
 
 
 def singular(text):
-    """The words of a text, those in -s without it: good enough to find a label in a prompt."""
+    """The set of a text's words, without the s of plurals."""
     return {word.rstrip("s") for word in re.findall(r"\w+", text.lower())}
 
 
 def named_count(prompt, label):
-    """How many of a label a prompt names: the number before the words that share most with it.
+    """The number that a prompt gives for a label: the one before the words that are most like it.
 
-    None if no words share any, or if words before which other numbers stand share as many.
+    None where it gives none ("dogs"), or two that fit as well.
     """
     numbers = list(NUMBERS.finditer(prompt))
     ends = [number.start() for number in numbers[1:]] + [len(prompt)]
@@ -257,9 +254,9 @@ def named_count(prompt, label):
 def sam_recall(parts, prompts, labels, label_scorer):
     """How much of what a prompt names is among the parts, in [-0.5, 0.5]: (N,).
 
-    parts: N lists of (label, mask); labels: all that the segmenter knows. Those with a score above
-    2.5 are named. Of c that the prompt says n are there: min(n, c) / max(n, c). Where it says no
-    number, one is enough.
+    parts: N lists of (label, mask); labels: all that the segmenter knows, of which a prompt names
+    those with a score above 2.5. The reward is the mean over these of min(n, c) / max(n, c), less
+    0.5: n parts are there, the prompt says c, or no number, and then one is enough.
     """
     pairs = [(prompt, label) for prompt in dict.fromkeys(prompts) for label in labels]
     named = collections.defaultdict(list)            # prompt -> labels
@@ -287,16 +284,15 @@ class Rewards:
     """The rewards that have a weight: images uint8 (N, H, W, 3), N prompts -> {reward: (N,)}."""
     def __init__(self, cfg, pipeline):
         device = pipeline.device
-        # the precision of the experts: not every CPU has fast kernels for a whole model in bf16
+        # of the experts' weights: on a GPU they are large models
         dtype = pipeline.precision if device.type == "cuda" else torch.float32
         self.weights = {name: weight for name, weight in zip(REWARDS, cfg.weights) if weight}
-        self.sam_score = cfg.sam_score
-        self.batch_size = cfg.score_batch
+        self.cfg = cfg
         self.clip = encoders.ClipScorer(cfg.clip_model or pipeline.cfg.clip, device)
         if "caption" in self.weights:
             self.captioner = Captioner(cfg.captioner, device, dtype)
         if "sam" in self.weights:
-            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part, dtype)
+            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, dtype)
             self.label_scorer = LabelScorer(cfg.llm, cfg.instruction, device, dtype)
         if "aesthetic" in self.weights:
             self.aesthetic = encoders.AestheticScorer(cfg.scorer, self.clip)
@@ -308,7 +304,7 @@ class Rewards:
         if "sam" in self.weights:
             parts = self.segmenter(images)
             scores["sam"] = sam_reward(parts, prompts, self.label_scorer)
-            if self.sam_score == "two-sided":
+            if self.cfg.sam_score == "two-sided":
                 recall = sam_recall(parts, prompts, self.segmenter.labels, self.label_scorer)
                 scores["sam"] = (scores["sam"] + recall) / 2
         if "clip" in self.weights:
@@ -319,24 +315,11 @@ class Rewards:
 
     def __call__(self, images, prompts):
         batches = []
-        for start in tqdm(range(0, len(images), self.batch_size), "scoring", leave=False):
-            batch = slice(start, start + self.batch_size)
+        size = self.cfg.score_batch
+        for start in tqdm(range(0, len(images), size), "scoring", leave=False):
+            batch = slice(start, start + size)
             batches.append(self.score_batch(images[batch], prompts[batch]))
         return {name: np.concatenate([batch[name] for batch in batches]) for name in self.weights}
-
-
-def ranks(rewards):
-    """Rewards (..., K) -> ranks (..., K): 0 for the highest; equals share their mean rank."""
-    own = rewards[..., :, None]
-    others = rewards[..., None, :]
-    higher = (others > own).sum(-1)                  # (..., K, K) -> (..., K)
-    equal = (others == own).sum(-1)                  # itself among them
-    return higher + (equal - 1) / 2
-
-
-def aggregate_ranks(scores, weights):
-    """sum_r weight_r rank_r(k): {reward: (..., K)} -> (..., K), the smallest is the best."""
-    return sum(weights[name] * ranks(values) for name, values in scores.items())
 
 
 # ----------------------------------------------------------------------- sample, score, select
@@ -369,6 +352,20 @@ def score(rewards, candidates, prompts):
     return {name: values.reshape(p, k) for name, values in scores.items()}
 
 
+def ranks(rewards):
+    """Rewards (..., K) -> ranks (..., K): 0 for the highest; equals share their mean rank."""
+    own = rewards[..., :, None]
+    others = rewards[..., None, :]
+    higher = (others > own).sum(-1)                  # (..., K, K) -> (..., K)
+    equal = (others == own).sum(-1)                  # itself among them
+    return higher + (equal - 1) / 2
+
+
+def aggregate_ranks(scores, weights):
+    """sum_r weight_r rank_r(k): {reward: (..., K)} -> (..., K), the smallest is the best."""
+    return sum(weights[name] * ranks(values) for name, values in scores.items())
+
+
 def select_best(scores, weights, keep):
     """{reward: (P, K)} -> the prompts to learn from (M,), and the best candidate of each (M,)."""
     best = aggregate_ranks(scores, weights).argmin(1)                 # (P,); of equals the first
@@ -393,8 +390,8 @@ def dpo_loss(model, reference, beta, diffusion, best, worst, t, eps, text, mask)
 
         -log sigmoid(-beta T (err_w - err_w_ref - (err_l - err_l_ref)))
 
-    w, l: the best and the worst image, (B, C, S, S) each, with the same t and eps; err: errors of
-    the model, err_ref: of the reference, both in what the network predicts; beta: beta T.
+    w, l: the best and the worst image, (B, C, S, S) each, with the same t and eps; err: the model's
+    denoising error; err_ref: the reference's. The argument beta is the product beta T.
     """
     inputs = [torch.cat([best, worst])] + [torch.cat([x, x]) for x in (t, eps, text, mask)]
     err_w, err_l = denoising_errors(model, diffusion, *inputs).chunk(2)
@@ -406,10 +403,11 @@ def dpo_loss(model, reference, beta, diffusion, best, worst, t, eps, text, mask)
 def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None):
     """Fine-tunes pipeline.model in round n, in place: LoRA on its attention, merged at the end.
 
-    images, and for dpo rejected: uint8 (N, 3, H, W), one for each of N prompts; folder: the run
-    folder of this round.
+    images, and for dpo rejected: uint8 (N, 3, H, W), one for each of N prompts; folder: of the
+    round; args: of `main`, for its resume and overwrite.
     """
     torch.manual_seed(cfg.seed + n)
+    # a copy: for dpo, pipeline.model is the reference
     tuned = common.add_lora(copy.deepcopy(pipeline.model), cfg.rank)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay)
@@ -477,7 +475,9 @@ def load_chosen(cfg, folder):
     path = folder / "chosen.pt"
     with common.reading(path, "delete it, then its images are chosen anew"):
         chosen = torch.load(path, weights_only=True)
-        images, rejected, prompts = (chosen[name] for name in ("images", "rejected", "prompts"))
+        images = chosen["images"]
+        rejected = chosen["rejected"]
+        prompts = chosen["prompts"]
         side = images.shape[-1]
         if not images.shape == rejected.shape == (len(prompts), 3, side, side):
             raise ValueError("images and prompts do not fit together")

@@ -116,10 +116,13 @@ def name_masks(masks, areas):
 class Segmenter:
     """Images uint8 (N, H, W, 3) -> N lists of parts (label, mask (H, W) bool).
 
-    sam: a Segment Anything model (in `dtype`) that finds the parts, which the segmenter then names;
-    min_part: parts below this share of an image are left out. `labels`: all names of parts.
+    sam: a Segment Anything model (in `dtype`) that finds the parts, which the segmenter then names.
+    `labels`: all names of parts.
     """
-    def __init__(self, path, device, sam="", min_part=0.0, dtype=torch.float32):
+    SURE = 0.8                                       # of the class of a segment, as published
+    SMALLEST = 0.012                                 # share of the image, of a part
+
+    def __init__(self, path, device, sam="", dtype=torch.float32):
         kind = "AutoModelForSemanticSegmentation"
         processor = "AutoImageProcessor"
         self.universal = is_universal(path)
@@ -133,9 +136,7 @@ class Segmenter:
             if name != "background":                 # COCO has "sky-other-merged"
                 self.names[i] = name.removesuffix("-merged").removesuffix("-other")
         self.labels = list(self.names.values())
-        self.sure = 0.8                              # of the class of a segment, as published
         self.sam = SamMasks(sam, device, dtype) if sam else None
-        self.min_part = min_part
 
     @torch.no_grad()
     def __call__(self, images):
@@ -146,7 +147,7 @@ class Segmenter:
             if self.sam:
                 areas = name_masks(self.sam(image), areas)
             found.append([(self.names[i], mask) for i, mask in areas
-                          if mask.mean() >= self.min_part])
+                          if mask.mean() >= self.SMALLEST])
         return found
 
     def connected_areas(self, images):
@@ -177,7 +178,7 @@ class Segmenter:
         found = []
         for p, logits in zip(probabilities, output.masks_queries_logits):
             score, label = p.max(-1)                                                # (Q,)
-            sure = (score > self.sure) & (label < p.shape[1] - 1)                   # last: nothing
+            sure = (score > self.SURE) & (label < p.shape[1] - 1)                   # last: nothing
             logits = F.interpolate(logits[None], images.shape[1:3], mode="bilinear")[0]
             masks = logits.sigmoid()[sure]                                          # (M, H, W)
             weighted = score[sure][:, None, None] * masks

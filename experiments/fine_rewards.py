@@ -17,7 +17,6 @@ held-out captions that no table reports.
 import argparse
 import copy
 import dataclasses
-import math
 import random
 from pathlib import Path
 
@@ -97,28 +96,25 @@ def choose(cfg, args, folder):
         Rewards(two_sided, pipeline), candidates, prompts)["sam"]
 
     seen = inspect_candidates(candidates, scenes)
-    of_chosen = {
-        "random": {name: values.mean(1) for name, values in seen.items()},
-        # of the right candidates it might choose any
-        "oracle": {"right": seen["right"].max(1), "things": math.nan, "kinds": math.nan},
-    }
-    rows = np.arange(len(prompts))
-    for choice, weights in CHOICES.items():
+    best = {"oracle": seen["right"].argmax(1)}       # (P,): a right one, where there is one
+    for name, weights in CHOICES.items():
         used = {reward: scores[reward] for reward in weights}
-        best = aggregate_ranks(used, weights).argmin(1)
-        of_chosen[choice] = {name: values[rows, best] for name, values in seen.items()}
-    named = np.mean([sum(group.count for group in scene.groups) for scene in scenes])
+        best[name] = aggregate_ranks(used, weights).argmin(1)
     images = candidates.reshape(-1, *candidates.shape[2:])
-    figures = {name: float(values.mean()) for name, values
-               in gain.diversity(images, rewards.clip, each=cfg.candidates).items()}
+    distances = gain.diversity(images, rewards.clip, each=cfg.candidates)
+    figures = {name: float(values.mean()) for name, values in distances.items()}
     table = [["chosen by", "right, %", "+-", "things", "kinds"]]
-    for choice, values in of_chosen.items():
-        share = common.percent(choice, values["right"])
-        things = float(np.mean(values["things"]))
-        kinds = float(np.mean(values["kinds"]))
-        table.append([choice, *share.values(), f"{things:.2f}", f"{kinds:.2f}"])
-        figures |= share
-        figures |= {f"{choice}_things": things, f"{choice}_kinds": kinds}
+    rows = np.arange(len(prompts))
+    for name in ("random", *best):
+        chosen = {}
+        for key, values in seen.items():             # a random one: as all are on average
+            chosen[key] = values.mean(1) if name == "random" else values[rows, best[name]]
+        share = common.percent(name, chosen["right"])
+        things = float(chosen["things"].mean())
+        kinds = float(chosen["kinds"].mean())
+        table.append([name, *share.values(), f"{things:.2f}", f"{kinds:.2f}"])
+        figures |= share | {f"{name}_things": things, f"{name}_kinds": kinds}
+    named = np.mean([sum(group.count for group in scene.groups) for scene in scenes])
     common.print_table(table, f"{len(prompts)} prompts, {cfg.candidates} candidates of each; the "
                        f"prompts name {named:.2f} things; diversity {figures['diversity']:.3f}")
     common.write_results(folder, figures | {"named_things": float(named)})
@@ -250,12 +246,11 @@ def analyse(cfg, args, folder):
         wrong = [shapes.sentence(shapes.change_field(scenes[i], field, rng), rng) for i in chosen]
         of_right = rewards(images, [captions[i] for i in chosen])
         of_wrong = rewards(images, wrong)
-        both = {name: np.stack([of_right[name], of_wrong[name]], axis=1) for name in of_right}
-        ahead = {name: values[:, 0] - values[:, 1] for name, values in both.items()}
-        total = aggregate_ranks(both, rewards.weights)                     # the smaller, the better
-        ahead["all"] = total[:, 1] - total[:, 0]
-        # a sign of 1, 0, -1 counts as 100, 50, 0 %
-        shares = {name: 50 * float(1 + np.sign(values).mean()) for name, values in ahead.items()}
+        # 1 if the right caption is ahead, 0 if both are equal, -1 if it is behind
+        signs = {name: np.sign(of_right[name] - of_wrong[name]) for name in of_right}
+        votes = sum(weight * signs[name] for name, weight in rewards.weights.items())
+        signs["all"] = np.sign(votes)                # of two captions, a vote is a sum of ranks
+        shares = {name: 50 * float(1 + sign.mean()) for name, sign in signs.items()}
         rows.append([field, *shares.values()])
         figures |= {f"{field}_{name}": share for name, share in shares.items()}
     common.print_table(rows, f"{len(scenes)} rendered held-out images")
