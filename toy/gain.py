@@ -111,10 +111,10 @@ def report(progress, own, rendered, folder):
     shares |= common.percent("final", final["right"])
     shares |= common.percent("gain", final["right"] - start["right"])
     shares |= variety_lost(start, final)
-    rows = [["right, and what changed", "%", "+-"]]
+    rows = [["right, gained, lost", "%", "+-"]]
     for name in ("start", "start_own", "final", "gain", "variety_lost_percent"):
         rows.append([name, shares[name], shares[f"{name}_ci"]])
-    common.print_table(rows)
+    common.print_table(rows, "with 95 % intervals over captions")
     return figures | shares
 
 
