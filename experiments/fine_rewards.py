@@ -107,7 +107,7 @@ def choose(cfg, args, folder):
     rows = np.arange(len(prompts))
     for name in ("random", *best):
         chosen = {}
-        for key, values in seen.items():             # a random one: as all are on average
+        for key, values in seen.items():             # a random one is as all are on average
             chosen[key] = values.mean(1) if name == "random" else values[rows, best[name]]
         share = common.percent(name, chosen["right"])
         things = float(chosen["things"].mean())
