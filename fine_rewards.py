@@ -25,9 +25,7 @@ Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, score
     python fine_rewards.py --train          # 16 min on two cores: from 61 to 75 % right
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
-    python -m experiments.fine_rewards choose --samples 300    # which reward takes right images
-    python -m experiments.fine_rewards compare     # what is learned from them, random, real images
-    python -m experiments.fine_rewards analyse     # which mistakes each reward notices
+    python -m experiments.fine_rewards choose --samples 300     # or compare, analyse: the rewards
 
 Differs from the paper [what its release does]; docs/fine_rewards.md has the rest:
  1. All K candidates are scored against their own prompt [candidate i against the i-th prompt].
@@ -64,17 +62,9 @@ import uvit_fusion
 from common import UserError
 from segmenter import Segmenter
 from toy import gain, judge, validation
-from uvit_fusion import load_pipeline  # loads the base, and what is tuned here, a U-ViT like it
+from uvit_fusion import load_pipeline  # sample.py calls it for runs of this method, too
 
 REWARDS = ("caption", "sam", "clip", "aesthetic")
-INSTRUCTIONS = {
-    "toy": "scene: {prompt}. {label}:",              # as in the lines that the tiny LLM learned
-    "paper": (
-        "A picture was made for the description: {prompt}\n"
-        "One part of the picture has been recognised as: {label}\n"
-        "How likely is it that a {label} appears in the scene that is described? "
-        "Answer 3 if it is certain, 2 if it is possible, 1 if it is unlikely.\nAnswer:"),
-}
 
 
 @dataclass
@@ -87,7 +77,7 @@ class Config:
     llm: str = "runs/toy/llm"  # causal language model that scores the labels
     clip_model: str = ""  # CLIP of the rewards (default: the base's)
     scorer: str = "runs/toy/quality.safetensors"  # linear head on CLIP, for the aesthetic reward
-    instruction: str = "toy"  # for the LLM: toy, paper, or a text with {prompt} and {label} in it
+    instruction: str = "scene: {prompt}. {label}:"  # the question that the LLM answers by 1, 2 or 3
     # sample, score and select
     prompts: int = 2000  # prompts a round
     candidates: int = 10  # K, images sampled for a prompt
@@ -95,7 +85,6 @@ class Config:
     candidate_guidance: float = 1.5  # guidance that candidates are sampled with
     weights: tuple = (1.0, 0.5, 1.0, 0.0)  # of the ranks by caption, SAM, CLIP, aesthetic reward
     sam_score: Literal["one-sided", "two-sided"] = "one-sided"  # two-sided: and what is missing
-    min_part: float = 0.012  # parts below this share of an image are ignored
     score_batch: int = 256  # images that are scored at a time
     keep: float = 0.8  # share of the prompts to learn from, those with the best images
     # tune
@@ -115,7 +104,8 @@ class Config:
     guidance: float = 1.0  # w of the tuned model (1: none, since it learns from guided images)
     data: str = "shapes"  # shapes (the toy world), or a folder: MS-COCO, or .txt beside images
     seed: int = 0  # of prompts, noise and order
-    # no flags: a hash of the base's weights, set by load_base; tells sample.py how to load a run
+    # no flags: a hash of the base's weights, so that --resume refuses another base; and what
+    # tells sample.py how to load a run
     base_identity: str = ""
     method: str = "fine_rewards"
 
@@ -124,12 +114,10 @@ class Config:
             raise UserError(f"--weights: one of {', '.join(REWARDS)} must be above 0")
         common.check_bounds(
             self, prompts=(1, 10**7), candidates=(2, 10**4), sample_steps=(1, 1000),
-            min_part=(0, 1), score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9),
-            real=(0, 1000), rounds=(1, 1000), rank=(1, 10**6))
-        text = INSTRUCTIONS.get(self.instruction, self.instruction)
-        if "{prompt}" not in text or "{label}" not in text:
-            raise UserError(f"--instruction {text}: choose {' or '.join(INSTRUCTIONS)}, or a text "
-                            "with {prompt} and {label} in it")
+            score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9), real=(0, 1000),
+            rounds=(1, 1000), rank=(1, 10**6))
+        if "{prompt}" not in self.instruction or "{label}" not in self.instruction:
+            raise UserError("--instruction must have {prompt} and {label} in it")
 
 
 PRESETS = {
@@ -138,7 +126,12 @@ PRESETS = {
         base="runs/coco256", captioner="Salesforce/blip2-opt-2.7b",
         segmenter="facebook/mask2former-swin-tiny-coco-panoptic", sam="facebook/sam-vit-base",
         llm="Qwen/Qwen2.5-7B-Instruct",  # the paper: lmsys/vicuna-7b-v1.5 (needs sentencepiece)
-        clip_model="openai/clip-vit-large-patch14", instruction="paper",
+        instruction=(
+            "A picture was made for the description: {prompt}\n"
+            "One part of the picture has been recognised as: {label}\n"
+            "How likely is it that a {label} appears in the scene that is described? "
+            "Answer 3 if it is certain, 2 if it is possible, 1 if it is unlikely.\nAnswer:"),
+        clip_model="openai/clip-vit-large-patch14",
         weights=(1.0, 1.0, 0.0, 0.0), score_batch=16, keep=1.0, prompts=5000, sample_steps=50,
         candidate_guidance=2.0, guidance=2.0,
         steps=6250,  # ten passes of batch 8 over the images that a round adds
@@ -174,7 +167,7 @@ class LabelScorer:
     def __init__(self, path, instruction, device, dtype):
         self.model, self.tokenizer = encoders.load_pretrained(
             "AutoModelForCausalLM", path, "--llm", "language model", device, dtype=dtype)
-        self.instruction = INSTRUCTIONS.get(instruction, instruction)
+        self.instruction = instruction
 
     def tokenize(self, prompt, label):
         """Token ids of the question, and of the three answers to it."""
@@ -184,7 +177,9 @@ class LabelScorer:
         if chat:                                     # it holds all special tokens that are needed
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        answers = [f"{text}{v}" if chat else f"{text} {v}" for v in (1, 2, 3)]
+        else:
+            text += " "
+        answers = [f"{text}{v}" for v in (1, 2, 3)]
         rows = self.tokenizer(answers, add_special_tokens=not chat).input_ids
         question = os.path.commonprefix(rows)        # with the space, if it is a token of its own
         return question, [row[len(question)] for row in rows]
@@ -194,14 +189,12 @@ class LabelScorer:
         scores = {}
         for start in range(0, len(unique), 64):      # the logits of a large vocabulary take memory
             batch = unique[start:start + 64]
-            scores |= zip(batch, self.expected_scores(batch))
+            scores.update(zip(batch, self.expected_scores(batch)))
         return np.array([scores[pair] for pair in pairs])
 
     @torch.no_grad()
     def expected_scores(self, pairs):
-        tokenized = [self.tokenize(prompt, label) for prompt, label in pairs]
-        questions = [question for question, _ in tokenized]
-        digits = [answers for _, answers in tokenized]
+        questions, digits = zip(*[self.tokenize(prompt, label) for prompt, label in pairs])
         last = torch.tensor([len(question) - 1 for question in questions])           # (N,)
         tokens = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(question) for question in questions], batch_first=True)    # (N, L)
@@ -225,44 +218,51 @@ def sam_reward(parts, prompts, label_scorer):
     parts: N lists of (label, mask). It cannot see what is missing in an image, nor a wrong count.
     """
     pairs = [(prompt, label) for prompt, found in zip(prompts, parts) for label, _ in found]
-    counts = [len(found) for found in parts]
-    ends = np.cumsum(counts)
-    scores = np.split(label_scorer(pairs), ends[:-1])                             # N arrays (n,)
-    return np.array([(s.sum() - 2 * n) / (2 * n) if n else -0.5 for s, n in zip(scores, counts)])
+    ends = np.cumsum([len(found) for found in parts])
+    rewards = []
+    for s in np.split(label_scorer(pairs), ends[:-1]):                            # (n,)
+        n = len(s)
+        rewards.append((s.sum() - 2 * n) / (2 * n) if n else -0.5)
+    return np.array(rewards)
 
 
+# group i is the words for the number i; "a" is no number in "a group of dogs"
 NUMBERS = re.compile(r"\b(an?(?! \w+ of\b)|one|1)\b|\b(an? (?:pair|couple) of|two|2)\b|"
                      r"\b(three|3)\b|\b(four|4)\b|\b(five|5)\b|\b(six|6)\b", re.IGNORECASE)
 
 
-def named_count(prompt, label):
-    """The number before the words of the prompt that fit a label best; None if that is not clear.
+def singular(text):
+    """The set of a text's words, without the s of plurals."""
+    return {word.rstrip("s") for word in re.findall(r"\w+", text.lower())}
 
-    "a group of dogs" and "dogs" say no number.
+
+def named_count(prompt, label):
+    """The number that a prompt gives for a label: the one before the words that are most like it.
+
+    None where it gives none ("dogs"), or two that fit as well.
     """
-    label_words = {word.rstrip("s") for word in label.split()}
     numbers = list(NUMBERS.finditer(prompt))
     ends = [number.start() for number in numbers[1:]] + [len(prompt)]
     fits = collections.defaultdict(set)              # words in common -> numbers before them
     for number, end in zip(numbers, ends):
-        words = re.findall(r"\w+", prompt[number.end():end].lower())
-        fits[len(label_words & {word.rstrip("s") for word in words})].add(number.lastindex)
-    best = fits[max(fits)] if max(fits, default=0) else ()
-    return best.pop() if len(best) == 1 else None
+        shared = singular(label) & singular(prompt[number.end():end])
+        fits[len(shared)].add(number.lastindex)      # the number of the group that matched
+    most = max(fits, default=0)
+    return fits[most].pop() if most and len(fits[most]) == 1 else None
 
 
 def sam_recall(parts, prompts, labels, label_scorer):
     """How much of what a prompt names is among the parts, in [-0.5, 0.5]: (N,).
 
-    parts: N lists of (label, mask); labels: all that the segmenter knows. Those with a score above
-    2.5 are named. Of c that the prompt says n are there: min(n, c) / max(n, c). Where it says no
-    number, one is enough.
+    parts: N lists of (label, mask); labels: all that the segmenter knows, of which a prompt names
+    those with a score above 2.5. The reward is the mean over these of min(n, c) / max(n, c), less
+    0.5: n parts are there, the prompt says c, or no number, and then one is enough.
     """
-    unique = list(dict.fromkeys(prompts))
-    scores = label_scorer([(prompt, label) for prompt in unique for label in labels])
-    named = {}
-    for prompt, row in zip(unique, scores.reshape(len(unique), -1)):
-        named[prompt] = [label for label, score in zip(labels, row) if score > 2.5]
+    pairs = [(prompt, label) for prompt in dict.fromkeys(prompts) for label in labels]
+    named = collections.defaultdict(list)            # prompt -> labels
+    for (prompt, label), score in zip(pairs, label_scorer(pairs)):
+        if score > 2.5:
+            named[prompt].append(label)
     recalls = []
     for prompt, found in zip(prompts, parts):
         present = collections.Counter(label for label, _ in found)
@@ -282,16 +282,17 @@ def clip_reward(images, prompts, clip):
 
 class Rewards:
     """The rewards that have a weight: images uint8 (N, H, W, 3), N prompts -> {reward: (N,)}."""
-    def __init__(self, cfg, clip_path, device, precision):
-        dtype = precision if device.type == "cuda" else torch.float32
+    def __init__(self, cfg, pipeline):
+        device = pipeline.device
+        # of the experts' weights: on a GPU they are large models
+        dtype = pipeline.precision if device.type == "cuda" else torch.float32
         self.weights = {name: weight for name, weight in zip(REWARDS, cfg.weights) if weight}
-        self.sam_score = cfg.sam_score
-        self.batch_size = cfg.score_batch
-        self.clip = encoders.ClipScorer(cfg.clip_model or clip_path, device)
+        self.cfg = cfg
+        self.clip = encoders.ClipScorer(cfg.clip_model or pipeline.cfg.clip, device)
         if "caption" in self.weights:
             self.captioner = Captioner(cfg.captioner, device, dtype)
         if "sam" in self.weights:
-            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, cfg.min_part, dtype)
+            self.segmenter = Segmenter(cfg.segmenter, device, cfg.sam, dtype)
             self.label_scorer = LabelScorer(cfg.llm, cfg.instruction, device, dtype)
         if "aesthetic" in self.weights:
             self.aesthetic = encoders.AestheticScorer(cfg.scorer, self.clip)
@@ -303,7 +304,7 @@ class Rewards:
         if "sam" in self.weights:
             parts = self.segmenter(images)
             scores["sam"] = sam_reward(parts, prompts, self.label_scorer)
-            if self.sam_score == "two-sided":
+            if self.cfg.sam_score == "two-sided":
                 recall = sam_recall(parts, prompts, self.segmenter.labels, self.label_scorer)
                 scores["sam"] = (scores["sam"] + recall) / 2
         if "clip" in self.weights:
@@ -314,24 +315,11 @@ class Rewards:
 
     def __call__(self, images, prompts):
         batches = []
-        for start in tqdm(range(0, len(images), self.batch_size), "scoring", leave=False):
-            batch = slice(start, start + self.batch_size)
+        size = self.cfg.score_batch
+        for start in tqdm(range(0, len(images), size), "scoring", leave=False):
+            batch = slice(start, start + size)
             batches.append(self.score_batch(images[batch], prompts[batch]))
         return {name: np.concatenate([batch[name] for batch in batches]) for name in self.weights}
-
-
-def ranks(rewards):
-    """Rewards (..., K) -> ranks (..., K): 0 for the highest; equals share their mean rank."""
-    own = rewards[..., :, None]
-    others = rewards[..., None, :]
-    higher = (others > own).sum(-1)                  # (..., K, K) -> (..., K)
-    equal = (others == own).sum(-1)                  # itself among them
-    return higher + (equal - 1) / 2
-
-
-def aggregate_ranks(scores, weights):
-    """sum_r weight_r rank_r(k): {reward: (..., K)} -> (..., K), the smallest is the best."""
-    return sum(weights[name] * ranks(values) for name, values in scores.items())
 
 
 # ----------------------------------------------------------------------- sample, score, select
@@ -364,9 +352,18 @@ def score(rewards, candidates, prompts):
     return {name: values.reshape(p, k) for name, values in scores.items()}
 
 
-def n_keep(keep, count):
-    """How many of `count` prompts are kept to learn from."""
-    return max(1, round(keep * count))
+def ranks(rewards):
+    """Rewards (..., K) -> ranks (..., K): 0 for the highest; equals share their mean rank."""
+    own = rewards[..., :, None]
+    others = rewards[..., None, :]
+    higher = (others > own).sum(-1)                  # (..., K, K) -> (..., K)
+    equal = (others == own).sum(-1)                  # itself among them
+    return higher + (equal - 1) / 2
+
+
+def aggregate_ranks(scores, weights):
+    """sum_r weight_r rank_r(k): {reward: (..., K)} -> (..., K), the smallest is the best."""
+    return sum(weights[name] * ranks(values) for name, values in scores.items())
 
 
 def select_best(scores, weights, keep):
@@ -376,13 +373,9 @@ def select_best(scores, weights, keep):
     rows = np.arange(len(best))
     best_scores = {name: values[rows, best] for name, values in scores.items()}
     order = aggregate_ranks(best_scores, weights).argsort(kind="stable")
-    kept = np.sort(order[:n_keep(keep, len(best))])
+    count = max(1, round(keep * len(best)))
+    kept = np.sort(order[:count])
     return kept, best[kept]
-
-
-def select_worst(scores, weights):
-    """{reward: (P, K)} -> the worst candidate of each prompt (P,)."""
-    return aggregate_ranks(scores, weights).argmax(1)
 
 
 # ---------------------------------------------------------------------------------------- tune
@@ -397,8 +390,8 @@ def dpo_loss(model, reference, beta, diffusion, best, worst, t, eps, text, mask)
 
         -log sigmoid(-beta T (err_w - err_w_ref - (err_l - err_l_ref)))
 
-    w, l: the best and the worst image, (B, C, S, S) each, with the same t and eps; err: errors of
-    the model, err_ref: of the reference, both in what the network predicts; beta: beta T.
+    w, l: the best and the worst image, (B, C, S, S) each, with the same t and eps; err: the model's
+    denoising error; err_ref: the reference's. The argument beta is the product beta T.
     """
     inputs = [torch.cat([best, worst])] + [torch.cat([x, x]) for x in (t, eps, text, mask)]
     err_w, err_l = denoising_errors(model, diffusion, *inputs).chunk(2)
@@ -410,10 +403,11 @@ def dpo_loss(model, reference, beta, diffusion, best, worst, t, eps, text, mask)
 def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None):
     """Fine-tunes pipeline.model in round n, in place: LoRA on its attention, merged at the end.
 
-    images, and for dpo rejected: uint8 (N, 3, H, W), one for each of N prompts; folder: the run
-    folder of this round.
+    images, and for dpo rejected: uint8 (N, 3, H, W), one for each of N prompts; folder: of the
+    round; args: of `main`, for its resume and overwrite.
     """
     torch.manual_seed(cfg.seed + n)
+    # a copy: for dpo, pipeline.model is the reference
     tuned = common.add_lora(copy.deepcopy(pipeline.model), cfg.rank)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, cfg.lr, weight_decay=cfg.weight_decay)
@@ -424,7 +418,7 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
         len(prompts), cfg.batch_size, run.start, cfg.steps, cfg.seed + n)
 
     for step, batch in enumerate(batches, run.start + 1):
-        # step n depends on n alone: a resumed run equals an uninterrupted one
+        # noise depends on round and step alone: a resumed run equals an uninterrupted one
         torch.manual_seed((100 * cfg.seed + n) * 10**7 + step)
         optimizer.param_groups[0]["lr"] = cfg.lr * uvit_fusion.learning_rate(cfg, step)
         chosen = [i for i, _ in batch]                                           # (index, seed)
@@ -462,88 +456,97 @@ def save_model(cfg, pipeline, folder):
     common.save_tensors(pipeline.model.state_dict(), folder / "model.safetensors")
 
 
-def save_chosen(cfg, folder, **images_and_prompts):
-    """Keeps what a round learns from, for a resumed run: images uint8 (N, H, W, 3), N prompts."""
+def save_chosen(cfg, folder, images, rejected, prompts):
+    """Keeps what a round learns from, for a resumed run: images uint8 (M, H, W, 3), M prompts."""
     folder.mkdir(parents=True, exist_ok=True)
     common.write_json(folder / "config.json", dataclasses.asdict(cfg))
-    content = {}
-    for name, value in images_and_prompts.items():
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value).permute(0, 3, 1, 2).contiguous()     # (N, 3, H, W)
-        content[name] = value
+    chosen = {
+        "images": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),     # (M, 3, H, W)
+        "rejected": torch.from_numpy(rejected).permute(0, 3, 1, 2).contiguous(),
+        "prompts": prompts,
+    }
     with common.atomic_write(folder / "chosen.pt") as unfinished:
-        torch.save(content, unfinished)
+        torch.save(chosen, unfinished)
 
 
 def load_chosen(cfg, folder):
-    """What `save_chosen` kept, if it was chosen with these settings: images uint8 (N, 3, H, W)."""
+    """What `save_chosen` kept, if it was chosen with these settings: images uint8 (M, 3, H, W)."""
     common.check_settings(folder, cfg)
     path = folder / "chosen.pt"
     with common.reading(path, "delete it, then its images are chosen anew"):
         chosen = torch.load(path, weights_only=True)
-        images, rejected, prompts = (chosen[name] for name in ("images", "rejected", "prompts"))
+        images = chosen["images"]
+        rejected = chosen["rejected"]
+        prompts = chosen["prompts"]
         side = images.shape[-1]
         if not images.shape == rejected.shape == (len(prompts), 3, side, side):
             raise ValueError("images and prompts do not fit together")
-        " ".join(prompts)                            # all of them are strings
+        " ".join(prompts)                            # raises if one is no string
         return images.byte(), rejected.byte(), prompts
 
 
-def raft(cfg, pipeline, rewards, dataset, folder, args, grading=None):
+def raft(cfg, pipeline, rewards, dataset, folder, args):
     """Rounds of sample, score, select, tune. pipeline.model is tuned in place.
 
-    folder/round<n>/ is the run folder of round n, with the images that it learns from in chosen.pt.
-    With args.resume, finished parts are kept. grading: arguments of `toy.gain.measure`, which is
-    called before the first round and after each. Returns the list of its figures, [] without them.
+    folder/round1/, round2/, ... are the run folders of the rounds, each with the images that it
+    adds in chosen.pt. With args.resume, finished parts are kept.
     """
     if not args.resume:
         for old in folder.glob("round[0-9]*"):
             shutil.rmtree(old)
-    progress = [gain.measure(pipeline, **grading)] if grading else []
     images = []                                      # of all rounds so far
     rejected = []
     prompts = []
     for n in range(cfg.rounds):
         round_folder = folder / f"round{n + 1}"
+        asked, indices = round_prompts(cfg, dataset, n)                          # P prompts
         if not (round_folder / "chosen.pt").exists():
-            asked, _ = round_prompts(cfg, dataset, n)                            # P prompts
             candidates = sample_candidates(cfg, pipeline, asked, n)              # (P, K, H, W, 3)
             scores = score(rewards, candidates, asked)                           # {reward: (P, K)}
             kept, best = select_best(scores, rewards.weights, cfg.keep)          # (M,), (M,)
-            worst = select_worst(scores, rewards.weights)[kept]                  # (M,)
+            totals = aggregate_ranks(scores, rewards.weights)                    # (P, K)
+            worst = totals.argmax(1)[kept]                                       # (M,), for dpo
             gain.report_round(n, scores, kept, best)
-            order = aggregate_ranks(scores, rewards.weights).argsort(axis=1, kind="stable")
-            gain.draw_candidates(rewards, candidates, scores, order, asked,
+            gain.draw_candidates(rewards, candidates, scores, totals, asked,
                                  folder / "samples" / f"round{n + 1}.png")
-            save_chosen(cfg, round_folder, images=candidates[kept, best],
-                        rejected=candidates[kept, worst], prompts=[asked[i] for i in kept])
+            save_chosen(cfg, round_folder, candidates[kept, best], candidates[kept, worst],
+                        [asked[i] for i in kept])
         best_images, worst_images, own_prompts = load_chosen(cfg, round_folder)
         images.append(best_images)
         rejected.append(worst_images)
         prompts += own_prompts
         if cfg.learn == "sft":
             n_real = round(cfg.real * len(own_prompts))
-            for i in round_prompts(cfg, dataset, n)[1][:n_real]:
+            for i in indices[:n_real]:
                 image, caption, _ = dataset[i, cfg.seed]
                 images.append(image[None])
                 prompts.append(caption)
         finetune_lora(cfg, pipeline, torch.cat(images), prompts, n, round_folder, args,
                       torch.cat(rejected))
-        if grading:
-            progress.append(gain.measure(pipeline, **grading))
     save_model(cfg, pipeline, folder)
-    return progress
 
 
 # ---------------------------------------------------------------------------------------- main
 def load_base(cfg, args):
     """The base's pipeline, the folder of the data, and cfg with the base's identity in it."""
     device = common.pick_device(args.device)
-    pipeline = load_pipeline(cfg.base, device, common.pick_precision(args.precision, device))
-    pipeline.cfg = dataclasses.replace(pipeline.cfg, guidance=cfg.guidance)    # of the tuned model
+    precision = common.pick_precision(args.precision, device)
+    # the guidance is that of the tuned model, which has the base's other settings
+    pipeline = load_pipeline(cfg.base, device, precision, guidance=cfg.guidance)
     data = toy.prepare(cfg.data, pipeline.cfg.clip, pipeline.image_size, cfg.llm, cfg.captioner,
                        cfg.segmenter)
     return pipeline, data, dataclasses.replace(cfg, base_identity=pipeline.identity())
+
+
+def grade(cfg, tuned, rewards, data, folder, samples):
+    """The figures of `gain.report`: of the base, of each round, and of the base's own guidance."""
+    progress = []
+    for path in (cfg.base, *(folder / f"round{n + 1}" for n in range(cfg.rounds))):
+        model = load_pipeline(path, tuned.device, tuned.precision, guidance=cfg.guidance)
+        progress.append(gain.measure(model, data, samples, rewards, steps=cfg.sample_steps))
+    base = load_pipeline(cfg.base, tuned.device, tuned.precision)
+    _, own = judge.accuracy(base, data, samples, steps=cfg.sample_steps)
+    return gain.report(progress, own["all"], gain.rendered_diversity(tuned, data), folder)
 
 
 def main():
@@ -563,18 +566,13 @@ def main():
     common.check_run(folder, args)
     pipeline, data, cfg = load_base(cfg, args)
     begin = time.time()
-    rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
+    rewards = Rewards(cfg, pipeline)
     dataset = image_data.CaptionedImages(data, "train", pipeline.image_size)
+    raft(cfg, pipeline, rewards, dataset, folder, args)
     if cfg.data != "shapes":
-        raft(cfg, pipeline, rewards, dataset, folder, args)
         validation.report(pipeline, data, folder, args.samples, begin)
         return
-    grading = dict(data=data, samples=args.samples, rewards=rewards, steps=cfg.sample_steps)
-    progress = raft(cfg, pipeline, rewards, dataset, folder, args, grading)
-    base = load_pipeline(cfg.base, pipeline.device, pipeline.precision)    # with its own guidance
-    _, own = judge.accuracy(base, data, args.samples, steps=cfg.sample_steps)
-    rendered = gain.rendered_diversity(pipeline, data)
-    figures = gain.report(progress, own["all"], rendered, folder)
+    figures = grade(cfg, pipeline, rewards, data, folder, args.samples)
     common.write_results(folder, figures | {"seconds": time.time() - begin})
     print(f"{time.time() - begin:.0f} s in all; figures in {folder / 'results.json'}")
 

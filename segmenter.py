@@ -2,10 +2,10 @@
 
     images uint8 (N, H, W, 3) -> Segmenter -> N lists of parts (label, mask (H, W) bool)
 
-A universal segmenter (Mask2Former, OneFormer, EoMT: arXiv 2112.01527, 2211.06220, 2503.19108) tells
-one thing from the next of the same kind. Of a semantic one (SegFormer, ...), which labels pixels
-alone, each connected area is a part. With `SamMasks`, Segment Anything (arXiv 2304.02643) finds the
-parts, and the segmenter names them.
+A semantic segmenter (SegFormer, ...) only labels pixels: each connected area of a label is a part.
+A universal one (Mask2Former, OneFormer, EoMT: arXiv 2112.01527, 2211.06220, 2503.19108) also tells
+one thing from the next of the same kind. With `SamMasks`, Segment Anything (arXiv 2304.02643) finds
+the parts, and the segmenter names them.
 """
 import contextlib
 import inspect
@@ -27,9 +27,9 @@ def stability(logits, offset=1.0):
 
 
 def suppress(masks, scores, most=0.7):
-    """Non-maximum suppression: of masks (M, h, w) bool that overlap, the one of highest score.
+    """Non-maximum suppression of masks (M, h, w) bool: indices of those kept, the best first.
 
-    Returns indices, the best first: no two of them have an IoU above `most`.
+    Of two masks whose IoU (intersection over union) is above `most`, the one of lower score goes.
     """
     flat = masks.flatten(1).float()
     area = flat.sum(1)
@@ -45,40 +45,22 @@ def suppress(masks, scores, most=0.7):
     return torch.stack(kept) if kept else rest
 
 
-def save_memory(attention):
-    """Lets global attention of SAM's image encoder write its bias, (heads, h, w, h, w), in order.
-
-    As transformers computes it, its reshape to (1, heads, h w, h w) is a copy of 0.8 GB.
-    """
-    plain = attention.get_decomposed_rel_pos
-
-    def bias(query, rel_pos_h, rel_pos_w, q_size, k_size):
-        rows = query.new_empty(len(query), *q_size, *k_size)
-        for row, q in zip(rows, query):
-            row.copy_(plain(q[None], rel_pos_h, rel_pos_w, q_size, k_size)[0])
-        return rows
-    attention.get_decomposed_rel_pos = bias
-
-
 class SamMasks:
     """All that Segment Anything finds in a square image uint8 (H, H, 3): masks (M, H, H) bool.
 
-    A grid of points asks for three masks each. Masks that the model itself rates low, or that are
-    not stable, are dropped at its own resolution of 256 x 256, on the device: enlarged to 1024 x
-    1024 before, as the pipeline of transformers does, they take gigabytes and many seconds.
+    For each point of a grid it proposes three masks. Those that it rates low itself, or that are
+    not stable, are dropped at its own resolution of 256 x 256, on the device. The pipeline of
+    transformers enlarges all to 1024 x 1024 first, which takes gigabytes and many seconds.
     """
     POINTS = 32                                      # a side of the grid
     BATCH = 16                                       # points at a time: 64 took twice the memory
-    PREDICTED_IOU = 0.88                             # as published, and
-    STABILITY = 0.95                                 # must both be exceeded
+    PREDICTED_IOU = 0.88                             # what a mask must exceed to be kept,
+    STABILITY = 0.95                                 # as published
 
     def __init__(self, path, device, dtype=torch.float32):
         self.model, self.processor = encoders.load_pretrained(
             "SamModel", path, "--sam", "Segment Anything model", device, "AutoImageProcessor",
             dtype=dtype, attn_implementation="sdpa")
-        for layer in self.model.vision_encoder.layers:
-            if layer.window_size == 0:
-                save_memory(layer.attn)
 
     @torch.no_grad()
     def __call__(self, image):
@@ -112,21 +94,17 @@ def is_universal(path):
         config = transformers.AutoConfig.from_pretrained(path)
         universal = transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
         if type(config) in universal:
-            # scipy is for the loss of their training: built with the model, never used here
+            # they ask for scipy because of their training loss, which is never used here
             inspect.getmodule(universal[type(config)]).requires_backends = lambda *names: None
             return True
     return False
 
 
-def readable(name):
-    """COCO's "sky-other-merged" -> "sky"."""
-    return name.removesuffix("-merged").removesuffix("-other")
-
-
 def name_masks(masks, areas):
-    """Each of the masks (M, H, W) with the class of most of its pixels, if these have one.
+    """[(class, mask), ...]: for each of the masks (M, H, W) the class of most of its pixels.
 
-    areas: a list of (class, mask), as is the result.
+    areas: [(class, mask), ...] of the segmenter. A mask that lies mostly outside of them is left
+    out.
     """
     labels = np.zeros(masks.shape[1:], int)          # class i as i + 1, and 0 for none
     for i, area in areas:
@@ -138,10 +116,13 @@ def name_masks(masks, areas):
 class Segmenter:
     """Images uint8 (N, H, W, 3) -> N lists of parts (label, mask (H, W) bool).
 
-    sam: a Segment Anything model, whose masks are then named by the segmenter, in `dtype`;
-    min_part: parts below this share of an image are left out. `labels`: all names of parts.
+    sam: a Segment Anything model (in `dtype`) that finds the parts, which the segmenter then names.
+    `labels`: all names of parts.
     """
-    def __init__(self, path, device, sam="", min_part=0.0, dtype=torch.float32):
+    SURE = 0.8                                       # of the class of a segment, as published
+    SMALLEST = 0.012                                 # share of the image, of a part
+
+    def __init__(self, path, device, sam="", dtype=torch.float32):
         kind = "AutoModelForSemanticSegmentation"
         processor = "AutoImageProcessor"
         self.universal = is_universal(path)
@@ -150,12 +131,12 @@ class Segmenter:
             processor = "AutoProcessor"              # OneFormer's reads the name of the task, too
         self.model, self.processor = encoders.load_pretrained(
             kind, path, "--segmenter", "segmenter", device, processor)
-        names = self.model.config.id2label
-        self.names = {i: readable(name) for i, name in names.items() if name != "background"}
+        self.names = {}
+        for i, name in self.model.config.id2label.items():
+            if name != "background":                 # COCO has "sky-other-merged"
+                self.names[i] = name.removesuffix("-merged").removesuffix("-other")
         self.labels = list(self.names.values())
-        self.sure = 0.8                              # of the class of a segment, as published
         self.sam = SamMasks(sam, device, dtype) if sam else None
-        self.min_part = min_part
 
     @torch.no_grad()
     def __call__(self, images):
@@ -166,7 +147,7 @@ class Segmenter:
             if self.sam:
                 areas = name_masks(self.sam(image), areas)
             found.append([(self.names[i], mask) for i, mask in areas
-                          if mask.mean() >= self.min_part])
+                          if mask.mean() >= self.SMALLEST])
         return found
 
     def connected_areas(self, images):
@@ -182,9 +163,11 @@ class Segmenter:
         return areas
 
     def segments(self, images):
-        """N lists of (class, mask): each pixel goes to one of the model's queries.
+        """N lists of (class, mask), as the papers read the queries of their models.
 
-        Kept are queries that are sure of their class, and of whose own mask others left most.
+        Each pixel goes to at most one of the queries that are sure of their class. One that loses
+        a fifth of its mask to others is dropped. The post-processing of transformers would also
+        hand out the pixels that are in no query's mask.
         """
         task = {}
         if self.model.config.model_type == "oneformer":
@@ -195,12 +178,9 @@ class Segmenter:
         found = []
         for p, logits in zip(probabilities, output.masks_queries_logits):
             score, label = p.max(-1)                                                # (Q,)
-            sure = (score > self.sure) & (label < p.shape[1] - 1)                   # last: nothing
-            if not sure.any():
-                found.append([])
-                continue
-            logits = F.interpolate(logits[sure][None], images.shape[1:3], mode="bilinear")[0]
-            masks = logits.sigmoid()                                                # (M, H, W)
+            sure = (score > self.SURE) & (label < p.shape[1] - 1)                   # last: nothing
+            logits = F.interpolate(logits[None], images.shape[1:3], mode="bilinear")[0]
+            masks = logits.sigmoid()[sure]                                          # (M, H, W)
             weighted = score[sure][:, None, None] * masks
             areas = []
             for i, mask, own in zip(label[sure].tolist(), masks > 0.5, weighted):

@@ -17,7 +17,6 @@ held-out captions that no table reports.
 import argparse
 import copy
 import dataclasses
-import math
 import random
 from pathlib import Path
 
@@ -50,7 +49,7 @@ CHOICES = {
 
 # settings that are changed; weights are of the ranks by caption, SAM, CLIP and aesthetic reward
 VARIANTS = {
-    "real_pictures": {},                             # of the data set, nothing is generated
+    "real_pictures": {},                             # images of the data set in their place
     "random": {},                                    # generated, selected at random
     "clip_only": {"weights": (0.0, 0.0, 1.0, 0.0)},
     "caption_only": {"weights": (1.0, 0.0, 0.0, 0.0)},
@@ -64,48 +63,58 @@ VARIANTS = {
 
 
 # ------------------------------------------------------------------------------------------ choose
+def inspect_candidates(candidates, scenes):
+    """What the judge sees in K candidates of each of P scenes: {name: (P, K)}.
+
+    "right"; "things", their number; "kinds", the number of those that differ in colour or shape.
+    """
+    seen = {"right": [], "things": [], "kinds": []}
+    for images, scene in zip(candidates, scenes):
+        for things in judge.parse(images):
+            seen["right"].append(judge.judge(things, scene)["all"])
+            seen["things"].append(len(things))
+            seen["kinds"].append(len({(thing.colour, thing.shape) for thing in things}))
+    return {name: np.reshape(values, candidates.shape[:2]) for name, values in seen.items()}
+
+
 def choose(cfg, args, folder):
     """Which share of the images that each reward chooses is right, and how many things they show.
 
     Chosen are one of K candidates for each of args.samples held-out captions of two groups.
     """
     pipeline, data, _ = fine_rewards.load_base(cfg, args)
-    scenes, captions, _ = gain.held_out(data, 2048, args.first)
-    chosen = [i for i, scene in enumerate(scenes) if scene.relation][:args.samples]
-    prompts = [captions[i] for i in chosen]
+    scenes, captions, _ = judge.validation_scenes(data, 2048, args.first)
+    of_two_groups = [i for i, scene in enumerate(scenes) if scene.relation][:args.samples]
+    scenes = [scenes[i] for i in of_two_groups]
+    prompts = [captions[i] for i in of_two_groups]
     candidates = fine_rewards.sample_candidates(cfg, pipeline, prompts, 0)      # (P, K, H, W, 3)
-    scores = {}
-    for name, kind, weights in (("", "one-sided", (1.0, 1.0, 1.0, 0.0)),
-                                ("_two_sided", "two-sided", (0.0, 1.0, 0.0, 0.0))):
-        settings = dataclasses.replace(cfg, sam_score=kind, weights=weights)
-        rewards = Rewards(settings, pipeline.cfg.clip, pipeline.device, pipeline.precision)
-        of_kind = fine_rewards.score(rewards, candidates, prompts)
-        scores |= {f"{reward}{name}": values for reward, values in of_kind.items()}
-    things = [judge.parse(images) for images in candidates]                     # P x K lists
-    right = np.array([[judge.judge(found, scenes[i])["all"] for found in row]
-                      for i, row in zip(chosen, things)])                       # (P, K) bool
-    counts = np.array([[len(found) for found in row] for row in things])        # (P, K)
-    kinds = np.array([[len({(thing.colour, thing.shape) for thing in found}) for found in row]
-                      for row in things])                                       # (P, K)
+    one_sided = dataclasses.replace(cfg, sam_score="one-sided", weights=(1.0, 1.0, 1.0, 0.0))
+    two_sided = dataclasses.replace(cfg, sam_score="two-sided", weights=(0.0, 1.0, 0.0, 0.0))
+    rewards = Rewards(one_sided, pipeline)
+    scores = fine_rewards.score(rewards, candidates, prompts)
+    scores["sam_two_sided"] = fine_rewards.score(
+        Rewards(two_sided, pipeline), candidates, prompts)["sam"]
 
-    verdicts = {"random": right.mean(1), "oracle": right.max(1)}
-    shown = {"random": (counts.mean(), kinds.mean()), "oracle": (math.nan, math.nan)}
-    rows = np.arange(len(prompts))
+    seen = inspect_candidates(candidates, scenes)
+    best = {"oracle": seen["right"].argmax(1)}       # (P,): a right one, where there is one
     for name, weights in CHOICES.items():
         used = {reward: scores[reward] for reward in weights}
-        best = aggregate_ranks(used, weights).argmin(1)
-        verdicts[name] = right[rows, best]
-        shown[name] = counts[rows, best].mean(), kinds[rows, best].mean()
-    named = np.mean([sum(group.count for group in scenes[i].groups) for i in chosen])
+        best[name] = aggregate_ranks(used, weights).argmin(1)
+    images = candidates.reshape(-1, *candidates.shape[2:])
+    distances = gain.diversity(images, rewards.clip, each=cfg.candidates)
+    figures = {name: float(values.mean()) for name, values in distances.items()}
     table = [["chosen by", "right, %", "+-", "things", "kinds"]]
-    figures = gain.diversity(candidates.reshape(-1, *candidates.shape[2:]), rewards.clip,
-                             each=cfg.candidates)
-    figures = {name: float(values.mean()) for name, values in figures.items()}
-    for name, values in verdicts.items():
-        share = common.percent(name, values)
-        table.append([name, *share.values(), *(f"{mean:.2f}" for mean in shown[name])])
-        figures |= share
-        figures |= {f"{name}_things": float(shown[name][0]), f"{name}_kinds": float(shown[name][1])}
+    rows = np.arange(len(prompts))
+    for name in ("random", *best):
+        chosen = {}
+        for key, values in seen.items():             # a random one is as all are on average
+            chosen[key] = values.mean(1) if name == "random" else values[rows, best[name]]
+        share = common.percent(name, chosen["right"])
+        things = float(chosen["things"].mean())
+        kinds = float(chosen["kinds"].mean())
+        table.append([name, *share.values(), f"{things:.2f}", f"{kinds:.2f}"])
+        figures |= share | {f"{name}_things": things, f"{name}_kinds": kinds}
+    named = np.mean([sum(group.count for group in scene.groups) for scene in scenes])
     common.print_table(table, f"{len(prompts)} prompts, {cfg.candidates} candidates of each; the "
                        f"prompts name {named:.2f} things; diversity {figures['diversity']:.3f}")
     common.write_results(folder, figures | {"named_things": float(named)})
@@ -142,7 +151,7 @@ def finetune_on_real_images(cfg, pipeline, dataset, folder, args):
     """Learns from real images: as many, with their captions, as the other variants learn from."""
     images = []
     prompts = []
-    count = fine_rewards.n_keep(cfg.keep, cfg.prompts)
+    count = max(1, round(cfg.keep * cfg.prompts))    # as in `select_best`
     for n in range(cfg.rounds):
         asked, indices = fine_rewards.round_prompts(cfg, dataset, n)
         images += [dataset.image(i) for i in indices[:count]]
@@ -163,7 +172,7 @@ def train_variant(name, cfg, dataset, folder, args):
     if name == "random":
         rewards = RandomReward(cfg.seed)
     else:
-        rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
+        rewards = Rewards(cfg, pipeline)
     if name == "sum":
         rewards = SumOfRewards(rewards)
     fine_rewards.raft(cfg, pipeline, rewards, dataset, folder, args)
@@ -225,9 +234,9 @@ def compare(cfg, args, folder):
 def analyse(cfg, args, folder):
     """Scores rendered images against their right captions and against hard negatives."""
     pipeline, data, _ = fine_rewards.load_base(cfg, args)
-    rewards = Rewards(cfg, pipeline.cfg.clip, pipeline.device, pipeline.precision)
+    rewards = Rewards(cfg, pipeline)
     dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
-    scenes, captions, _ = gain.held_out(data, args.samples, args.first)
+    scenes, captions, _ = judge.validation_scenes(data, args.samples, args.first)
     rng = random.Random(0)
     figures = {}
     rows = [["right above wrong, %", *rewards.weights, "all"]]
@@ -237,12 +246,11 @@ def analyse(cfg, args, folder):
         wrong = [shapes.sentence(shapes.change_field(scenes[i], field, rng), rng) for i in chosen]
         of_right = rewards(images, [captions[i] for i in chosen])
         of_wrong = rewards(images, wrong)
-        both = {name: np.stack([of_right[name], of_wrong[name]], axis=1) for name in of_right}
-        ahead = {name: values[:, 0] - values[:, 1] for name, values in both.items()}
-        total = aggregate_ranks(both, rewards.weights)                     # the smaller, the better
-        ahead["all"] = total[:, 1] - total[:, 0]
-        # a sign of 1, 0, -1 counts as 100, 50, 0 %
-        shares = {name: 50 * float(1 + np.sign(values).mean()) for name, values in ahead.items()}
+        # 1 if the right caption is ahead, 0 if both are equal, -1 if it is behind
+        signs = {name: np.sign(of_right[name] - of_wrong[name]) for name in of_right}
+        votes = sum(weight * signs[name] for name, weight in rewards.weights.items())
+        signs["all"] = np.sign(votes)                # of two captions, a vote is a sum of ranks
+        shares = {name: 50 * float(1 + sign.mean()) for name, sign in signs.items()}
         rows.append([field, *shares.values()])
         figures |= {f"{field}_{name}": share for name, share in shares.items()}
     common.print_table(rows, f"{len(scenes)} rendered held-out images")

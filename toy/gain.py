@@ -1,7 +1,7 @@
 """What a model gains and loses by being tuned, on the toy world: the share of held-out captions
 that it gets right, the distance from real images, and how varied the images of one caption are.
 
-`pipeline` is a `uvit_fusion.Pipeline`, `clip` a `encoders.ClipScorer`.
+`pipeline` is a `uvit_fusion.Pipeline`, `clip` an `encoders.ClipScorer`.
 """
 import random
 
@@ -11,7 +11,6 @@ import torch
 import common
 import encoders
 import image_data
-from common import UserError
 from toy import judge, shapes
 
 CAPTIONS = 64                    # held-out captions that diversity is measured on
@@ -51,17 +50,9 @@ def clip_distance(images, data, clip, first=0):
     """The Frechet distance between CLIP's features of N images and of N real validation images."""
     dataset = image_data.CaptionedImages(data, "val", images.shape[1])
     real = torch.stack([dataset.image(first + i) for i in range(len(images))]).permute(0, 2, 3, 1)
-    real_statistics = common.feature_statistics(clip.images(real).cpu())
-    return common.frechet_distance(
-        *real_statistics, *common.feature_statistics(clip.images(images).cpu()))
-
-
-def held_out(data, samples, first=0):
-    """`judge.validation_scenes`, from the scene `first` on."""
-    parts = [part[first:] for part in judge.validation_scenes(data, first + samples)]
-    if not parts[0]:
-        raise UserError(f"--first {first}: {data} has fewer validation scenes")
-    return parts
+    of_real = common.feature_statistics(clip.images(real).cpu())
+    of_images = common.feature_statistics(clip.images(images).cpu())
+    return common.frechet_distance(*of_real, *of_images)
 
 
 def measure(pipeline, data, samples, rewards=None, first=0, **sampling):
@@ -71,7 +62,7 @@ def measure(pipeline, data, samples, rewards=None, first=0, **sampling):
     "clip_diversity" (captions,). rewards: a `fine_rewards.Rewards`; sampling: for
     `pipeline.generate`.
     """
-    scenes, captions, unseen = held_out(data, samples, first)
+    scenes, captions, unseen = judge.validation_scenes(data, samples, first)
     images = pipeline.generate(captions, progress=True, **sampling)
     figures = {"right": judge.grade_images(images, scenes, unseen)["all"]}
     if rewards:
@@ -97,11 +88,9 @@ def report(progress, own, rendered, folder):
     """
     start = progress[0]
     final = progress[-1]
-    figures = common.percent("start", start["right"]) | common.percent("start_own", own)
-    figures |= common.percent("final", final["right"])
-    figures |= common.percent("gain", final["right"] - start["right"])
     rounds = [f"round {n}" for n in range(1, len(progress))]
     rows = [["held-out captions", "start", *rounds, "rendered"]]
+    figures = {}
     curves = {}
     for name in start:
         values = [float(np.mean(measured[name])) for measured in progress]
@@ -114,17 +103,19 @@ def report(progress, own, rendered, folder):
             curves[name] = list(enumerate(values))
     for name, values in rendered.items():
         figures[f"{name}_real"] = float(values.mean())
-    figures |= variety_lost(start, final)
     common.print_table(rows, f"{folder}: {len(start['right'])} held-out captions")
-    print(f"right: {figures['start']:.1f} +- {figures['start_ci']:.1f} % at the start, "
-          f"{figures['start_own']:.1f} % with the base's own guidance; in the end "
-          f"{figures['final']:.1f} +- {figures['final_ci']:.1f} %. "
-          f"Gained, image by image: {figures['gain']:.1f} +- {figures['gain_ci']:.1f} points. "
-          f"Variety lost: {figures['variety_lost_percent']:.1f} +- "
-          f"{figures['variety_lost_percent_ci']:.1f} %")
     common.plot(curves, folder / "rewards.png", "round",
                 "held-out captions: share judged right, mean rewards")
-    return figures
+    shares = common.percent("start", start["right"])
+    shares |= common.percent("start_own", own)
+    shares |= common.percent("final", final["right"])
+    shares |= common.percent("gain", final["right"] - start["right"])
+    shares |= variety_lost(start, final)
+    rows = [["right, gained, lost", "%", "+-"]]
+    for name in ("start", "start_own", "final", "gain", "variety_lost_percent"):
+        rows.append([name, shares[name], shares[f"{name}_ci"]])
+    common.print_table(rows, "with 95 % intervals over captions")
+    return figures | shares
 
 
 # ------------------------------------------------------------------------- a round of candidates
@@ -146,16 +137,20 @@ def outline(image, masks, scale):
     return image
 
 
-def draw_candidates(rewards, candidates, scores, order, prompts, path, rows=4):
-    """A grid of candidates, a row a prompt, in `order` (P, K), with caption, parts and rewards."""
+def draw_candidates(rewards, candidates, scores, totals, prompts, path, rows=4):
+    """A grid of candidates, a row a prompt, with caption, parts and rewards.
+
+    totals: sums of ranks (P, K); the smallest stands at the left.
+    """
     images = []
     texts = []
     scale = max(1, 96 // candidates.shape[2])
     for i in range(min(rows, len(prompts))):
-        ranked = candidates[i, order[i]]                                           # (K, H, W, 3)
+        order = totals[i].argsort(kind="stable")
+        ranked = candidates[i, order]                                              # (K, H, W, 3)
         captions = rewards.captioner(ranked) if "caption" in scores else [""] * len(ranked)
         parts = rewards.segmenter(ranked) if "sam" in scores else [[]] * len(ranked)
-        for place, k in enumerate(order[i]):
+        for place, k in enumerate(order):
             images.append(outline(ranked[place], [mask for _, mask in parts[place]], scale))
             values = ", ".join(f"{name} {scores[name][i, k]:.2f}" for name in scores)
             texts.append(f"{place + 1}. {captions[place]} ({values})")

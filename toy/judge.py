@@ -185,6 +185,8 @@ def validation_scenes(data, samples, first=0):
     """
     dataset = image_data.CaptionedImages(data, "val", size=24)       # reads no image
     items = dataset.items[first:first + samples]
+    if not items:
+        raise UserError(f"{data} has only {len(dataset)} validation scenes, none from {first} on")
     if "scene" not in items[0][2]:
         raise UserError(f"--data {data}: its annotations hold no scenes, so there is nothing to "
                         "grade exactly: eval.py --quality measures any data")
