@@ -146,6 +146,7 @@ class Matcher(nn.Module):
         torch.manual_seed(cfg.seed)
         if cfg.lora_rank:
             common.add_lora(self.uvit, cfg.lora_rank)
+        # 0.5: a tenth as large as the caption tokens of the toy world
         prompts = 0.5 * torch.randn(cfg.prompts, pipeline.cfg.dim)                    # (P, D)
         w = torch.zeros(2, len(self.blocks), pipeline.cfg.heads)                   # (2, blocks, H)
         w[0] = 1                                                # zero-shot: a alone, as published
@@ -397,7 +398,7 @@ def load_base(path, args):
 
 def load_matcher(path, args):
     """The tuned matcher of a run folder; of a run that draws, the network as it is."""
-    folder, _ = common.run_files(path)
+    folder, weights = common.run_files(path)
     if not (folder / "config.json").exists():
         raise UserError(f"there is no run in {folder}/: tune one first, python dsd.py --train, or "
                         "match without one, --run runs/uvit_fusion")
@@ -409,9 +410,8 @@ def load_matcher(path, args):
         raise UserError(f"{folder}/ was tuned for another network or text encoder than {cfg.base} "
                         "has now: tune it anew with --train")
     matcher = Matcher(cfg, pipeline)
-    path = folder / "model.safetensors"
-    tensors = common.read_weights(path, f"checkpoint {path}")
-    common.load_into(matcher, matcher.state_dict() | tensors, path)         # the rest is the base's
+    tensors = common.read_weights(weights, f"checkpoint {weights}")
+    common.load_into(matcher, matcher.state_dict() | tensors, weights)      # the rest is the base's
     return matcher.requires_grad_(False)
 
 
