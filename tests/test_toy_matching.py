@@ -122,7 +122,8 @@ def test_figures_are_of_all_groups_and_of_each_kind(capsys):
     groups = [{"right": i % 2, "kind": kind} for i, kind in enumerate(2 * FIELDS)]
     tables = [np.array([[1.0, 0.0]])] * 8                  # the first is ahead: right if i is even
     pairs = SimpleNamespace(groups=groups, tables=lambda scores: tables)
-    pictures = SimpleNamespace(groups=groups[::2], tables=lambda scores: tables[::2])
+    of_pictures = [np.array([[0.0], [1.0]])] * 4           # the second is ahead, and right
+    pictures = SimpleNamespace(groups=groups[1::2], tables=lambda scores: of_pictures)
     scores = {"accuracy": (None, 24), "zero_shot": (None, 16)}
     labels = {"accuracy": "tuned", "zero_shot": "not tuned"}
     figures = matching.grade_pairs(pairs, scores, pictures, scores, labels)
