@@ -127,11 +127,6 @@ def pool_words(words, keys):
     return torch.stack([a, b], dim=1).mean(-1)
 
 
-def norm(error):
-    """The L2 norm of the whole error of a sample: (B, C, S, S) -> (B,)."""
-    return error.flatten(1).norm(dim=1)
-
-
 class Matcher(nn.Module):
     """A frozen copy of a pipeline's U-ViT, with what is tuned: LoRA, prompts and head weights w."""
     def __init__(self, cfg, pipeline):
@@ -207,7 +202,10 @@ class Matcher(nn.Module):
         if self.cfg.score == "hybrid":
             _, eps_theta = diffusion.predict(output, x_t, t)    # whatever the network predicts
             eps_empty = self.predict_eps_without_text(x_t, t)
-            score = score + norm(eps_empty - eps) - norm(eps_theta - eps)
+            # L2 norms, of the whole error of a pair
+            without_text = torch.linalg.vector_norm(eps_empty - eps, dim=(1, 2, 3))       # (B,)
+            with_text = torch.linalg.vector_norm(eps_theta - eps, dim=(1, 2, 3))          # (B,)
+            score = score + without_text - with_text
         return score
 
 
