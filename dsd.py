@@ -49,6 +49,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+import image_data
 import toy
 import uvit_fusion
 from common import UserError
@@ -104,13 +105,13 @@ QUICK = dict(out="runs/quick_dsd", samples=64, steps=100, warmup=15)
 
 
 # --------------------------------------------------------------------------------------- the score
-def noise_bank(pipeline, times, count, seed=0):
+def noise_bank(pipeline, times, count):
     """What all candidates share: `count` evenly spaced t with their noise, [(t, eps (C, S, S))]."""
     cfg = pipeline.cfg
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     timesteps = torch.linspace(*times, count)
     if count == 1:
-        timesteps = torch.tensor([sum(times) / 2])
+        timesteps = torch.tensor([sum(times) / 2])      # linspace would give the lowest
     order = torch.randperm(count, generator=generator)  # shuffled for the pruning in experiments/
     bank = []
     for t in timesteps.round().long()[order]:
@@ -119,21 +120,11 @@ def noise_bank(pipeline, times, count, seed=0):
     return bank
 
 
-def three_blocks(count):
-    """Of `count` joint blocks the last of the way down, the middle and the last of the way up."""
-    return [max(0, count // 2 - 1), count // 2, count - 1]
-
-
 def pool_words(words, keys):
     """a and b of logits to words (B, H, N, L) and to all keys (B, H, N, K): (B, 2, H)."""
     a = words.logsumexp(-1)                                                           # (B, H, N)
     b = a - keys.logsumexp(-1)           # log of the words' share of the softmax over all keys
     return torch.stack([a, b], dim=1).mean(-1)
-
-
-def norm(error):
-    """The L2 norm of the whole error of a sample: (B, C, S, S) -> (B,)."""
-    return error.flatten(1).norm(dim=1)
 
 
 class Matcher(nn.Module):
@@ -144,10 +135,13 @@ class Matcher(nn.Module):
         self.pipeline = pipeline
         self.bank = noise_bank(pipeline, cfg.times, cfg.evaluations)
         self.uvit = copy.deepcopy(pipeline.model).requires_grad_(False)
-        self.blocks = three_blocks(self.uvit.joint_blocks)
+        joint = self.uvit.joint_blocks
+        # the last of the way down, the middle, the last of the way up
+        self.blocks = [max(0, joint // 2 - 1), joint // 2, joint - 1]
         torch.manual_seed(cfg.seed)
         if cfg.lora_rank:
             common.add_lora(self.uvit, cfg.lora_rank)
+        # 0.5: a tenth as large as the caption tokens of the toy world
         prompts = 0.5 * torch.randn(cfg.prompts, pipeline.cfg.dim)                    # (P, D)
         w = torch.zeros(2, len(self.blocks), pipeline.cfg.heads)                   # (2, blocks, H)
         w[0] = 1                                                # zero-shot: a alone, as published
@@ -185,9 +179,9 @@ class Matcher(nn.Module):
         return to_words, to_keys, output.float()
 
     def predict_eps_without_text(self, x_t, t):
-        """(B, C, S, S); the candidates of a group that share an x_t need one evaluation for it."""
+        """eps_theta(x_t, "") of each candidate, (B, C, S, S); equal x_t are evaluated once."""
         x_t, candidate = x_t.unique(dim=0, return_inverse=True)
-        t = t.new_zeros(len(x_t)).scatter(0, candidate, t)      # an x_t has one t
+        t = t.new_zeros(len(x_t)).scatter(0, candidate, t)      # the t of each x_t that is left
         y, mask = self.encode_text([""])
         y = y.expand(len(x_t), -1, -1)
         _, _, output = self.attention_logits(x_t, t, y, mask.expand(len(x_t), -1))
@@ -208,7 +202,10 @@ class Matcher(nn.Module):
         if self.cfg.score == "hybrid":
             _, eps_theta = diffusion.predict(output, x_t, t)    # whatever the network predicts
             eps_empty = self.predict_eps_without_text(x_t, t)
-            score = score + norm(eps_empty - eps) - norm(eps_theta - eps)
+            # L2 norms, of the whole error of a pair
+            without_text = torch.linalg.vector_norm(eps_empty - eps, dim=(1, 2, 3))       # (B,)
+            with_text = torch.linalg.vector_norm(eps_theta - eps, dim=(1, 2, 3))          # (B,)
+            score = score + without_text - with_text
         return score
 
 
@@ -219,6 +216,7 @@ class Candidates:
     text; members: for each group the numbers of its pairs.
     """
     def __init__(self, groups, pipeline):
+        # a path, text or pair that is new gets the next number
         image_number = {}
         text_number = {}
         pair_number = {}
@@ -227,14 +225,15 @@ class Candidates:
         for group in groups:
             numbers = []
             for path in group["pictures"]:
-                image = image_number.setdefault(path, len(image_number))  # new: the next number
+                image = image_number.setdefault(path, len(image_number))
                 for text in group["texts"]:
                     pair = (image, text_number.setdefault(text, len(text_number)))
                     numbers.append(pair_number.setdefault(pair, len(pair_number)))
             self.members.append(torch.tensor(numbers))
         self.pairs = torch.tensor(list(pair_number))
         self.texts = list(text_number)
-        self.images = matching.load_images(list(image_number), pipeline.image_size)
+        images = [image_data.load_image(path, pipeline.image_size) for path in image_number]
+        self.images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         self.x_0 = pipeline.encode(self.images, sample=False)
 
     def tables(self, scores):
@@ -244,20 +243,33 @@ class Candidates:
 
 
 @torch.no_grad()
-def match(matcher, candidates, bank=None, batch_size=256):
-    """The score of every pair, (M,): its mean over a noise bank (default: the matcher's)."""
+def match(matcher, candidates, bank=None, score=Matcher.forward, batch_size=256):
+    """The score of every pair, (M,): its mean over a noise bank (default: the matcher's).
+
+    score(matcher, x_0, t, eps, y, mask) -> (B,): of a batch of pairs, like `Matcher.forward`.
+    """
     bank = bank or matcher.bank
     scores = []
     for pairs in tqdm(candidates.pairs.split(batch_size), "matching", leave=False):
         x_0 = candidates.x_0[pairs[:, 0]]
         y, mask = matcher.encode_text([candidates.texts[i] for i in pairs[:, 1].tolist()])
-        scores_at_t = [matcher(x_0, t.expand(len(x_0)), eps.expand_as(x_0), y, mask)
+        scores_at_t = [score(matcher, x_0, t.expand(len(x_0)), eps.expand_as(x_0), y, mask)
                        for t, eps in bank]
         scores.append(torch.stack(scores_at_t).mean(0).cpu())
-    if not all(part.isfinite().all() for part in scores):       # nan would be a wrong answer
+    scores = torch.cat(scores)
+    if not scores.isfinite().all():                             # nan would be a wrong answer
         raise UserError("the network gives nan, no scores: its weights are damaged, or too large "
                         "for this precision: try --precision fp32")
-    return torch.cat(scores)
+    return scores
+
+
+def match_and_count(matcher, candidates, bank=None):
+    """`match` by the matcher's own score, and how many network evaluations that takes."""
+    bank = bank or matcher.bank
+    evaluations = len(candidates.pairs) * len(bank)
+    if matcher.cfg.score == "hybrid":
+        evaluations += len(candidates.x_0) * len(bank)          # without a text: once for an image
+    return match(matcher, candidates, bank), evaluations
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -292,6 +304,8 @@ def hard_negatives(candidates, needed):
     other groups. (A few of these texts may happen to fit.)
     """
     has_word = None
+    if min(map(len, candidates.members)) <= needed:         # most benchmarks bring enough negatives
+        has_word = count_words(candidates.texts)
     examples = []
     for group, members in zip(candidates.groups, candidates.members):
         wrong = candidates.pairs[members].tolist()
@@ -299,8 +313,6 @@ def hard_negatives(candidates, needed):
         right = wrong.pop(group["right"])                              # which leaves the wrong ones
         further = []
         if len(wrong) < needed:
-            if has_word is None:                            # most benchmarks bring enough negatives
-                has_word = count_words(candidates.texts)
             similar = most_similar_texts(has_word, right[1])
             further = [[right[0], text] for text in similar if text not in own_texts]
         examples.append((right, wrong, further))
@@ -320,10 +332,9 @@ def draw_pairs(examples, cfg, rng):
 def make_optimizer(matcher, cfg):
     """AdamW; the weights of the heads have their own learning rate and do not decay."""
     tuned = matcher.tuned()
-    w = [p for name, p in tuned.items() if name == "w"]
-    rest = [p for name, p in tuned.items() if name != "w"]
+    w = [tuned.pop("w")] if cfg.head_weights else []
     return torch.optim.AdamW(
-        [{"params": rest, "initial_lr": cfg.lr, "weight_decay": cfg.weight_decay},
+        [{"params": list(tuned.values()), "initial_lr": cfg.lr, "weight_decay": cfg.weight_decay},
          {"params": w, "initial_lr": cfg.weight_lr, "weight_decay": 0.0}], betas=cfg.betas)
 
 
@@ -383,30 +394,23 @@ def load_base(path, args):
     return uvit_fusion.load_pipeline(path, device, common.pick_precision(args.precision, device))
 
 
-def load_matcher(folder, args):
-    """The tuned matcher of a run folder."""
-    folder = Path(folder)
+def load_matcher(path, args):
+    """The tuned matcher of a run folder; of a run that draws, the network as it is."""
+    folder, weights = common.run_files(path)
     if not (folder / "config.json").exists():
         raise UserError(f"there is no run in {folder}/: tune one first, python dsd.py --train, or "
-                        "match without one, --zero-shot")
+                        "match without one, --run runs/uvit_fusion")
+    if common.read_json(folder / "config.json").get("method") != "dsd":
+        return zero_shot(Config(), load_base(path, args))
     cfg = common.read_config(Config, folder)
     pipeline = load_base(cfg.base, args)
     if cfg.base_identity != pipeline.identity():
         raise UserError(f"{folder}/ was tuned for another network or text encoder than {cfg.base} "
                         "has now: tune it anew with --train")
     matcher = Matcher(cfg, pipeline)
-    path = folder / "model.safetensors"
-    tensors = common.read_weights(path, f"checkpoint {path}")
-    common.load_into(matcher, matcher.state_dict() | tensors, path)         # the rest is the base's
+    tensors = common.read_weights(weights, f"checkpoint {weights}")
+    common.load_into(matcher, matcher.state_dict() | tensors, weights)      # the rest is the base's
     return matcher.requires_grad_(False)
-
-
-def labelled_groups(path, shots):
-    """The first labelled groups of a file; shots: their number or, below 1, their share."""
-    groups = [group for group in matching.read_groups(path) if "right" in group]
-    if not groups:
-        raise UserError(f"--data {path}: no group with a right candidate to learn from")
-    return groups[:max(1, round(shots * len(groups) if shots < 1 else shots))]
 
 
 # -------------------------------------------------------------------------------- the toy world
@@ -416,32 +420,39 @@ def toy_groups(pipeline):
     return Path(matching.build_matching(data, pipeline.image_size)) / "annotations"
 
 
-def grade_toy(matcher, annotations, samples):
+def labelled_groups(cfg, pipeline):
+    """The first labelled groups of cfg.data; cfg.shots: their number or, below 1, their share."""
+    path = toy_groups(pipeline) / "match_tune.jsonl" if cfg.data == "shapes" else cfg.data
+    groups = [group for group in matching.read_groups(path) if "right" in group]
+    if not groups:
+        raise UserError(f"--data {path}: no group with a right candidate to learn from")
+    return groups[:max(1, round(cfg.shots * len(groups) if cfg.shots < 1 else cfg.shots))]
+
+
+def toy_candidates(pipeline, samples):
+    """Held-out groups of two texts, `samples` of each kind, and those of two images."""
+    annotations = toy_groups(pipeline)
+    pairs = matching.read_groups(annotations / "match_val.jsonl")[:len(matching.KINDS) * samples]
+    pictures = matching.read_groups(annotations / "match_pictures.jsonl")
+    return Candidates(pairs, pipeline), Candidates(pictures, pipeline)
+
+
+def grade_toy(matcher, samples):
     """Zero-shot and tuned, on held-out groups of the toy world: prints a table, returns figures."""
-    groups = matching.read_groups(annotations / "match_val.jsonl")[:len(matching.KINDS) * samples]
-    pairs = Candidates(groups, matcher.pipeline)
-    groups = matching.read_groups(annotations / "match_pictures.jsonl")
-    pictures = Candidates(groups, matcher.pipeline)
-    base = zero_shot(matcher.cfg, matcher.pipeline)
-    figures = {}
-    rows = [["right, %", *matching.PAIR_COLUMNS]]
-    for name, label, scorer in (("zero_shot", "zero-shot", base), ("accuracy", "tuned", matcher)):
-        tables = pairs.tables(match(scorer, pairs))
-        figures |= matching.pair_figures(name, pairs.groups, tables)
-        tables = pictures.tables(match(scorer, pictures))
-        figures |= matching.picture_figures(name, pictures.groups, tables)
-        rows.append([f"{matcher.cfg.score}, {label}", *matching.pair_row(name, figures)])
-    common.print_table(rows, f"{len(pairs.groups)} images with two texts, {len(pictures.groups)} "
-                       "texts with two images: the wrong one differs in one field")
-    figures["relation_zero_shot"] = figures["zero_shot_relation"]
-    figures["evaluations"] = len(matcher.bank) * len(pairs.pairs) / len(pairs.groups)
-    figures["zero_shot_evaluations"] = figures["evaluations"]
-    return figures
+    cfg = matcher.cfg
+    pairs, pictures = toy_candidates(matcher.pipeline, samples)
+    scores = {}
+    picture_scores = {}
+    for name, each in (("zero_shot", zero_shot(cfg, matcher.pipeline)), ("accuracy", matcher)):
+        scores[name] = match_and_count(each, pairs)
+        picture_scores[name] = match_and_count(each, pictures)
+    labels = {"zero_shot": f"{cfg.score}, zero-shot", "accuracy": f"{cfg.score}, tuned"}
+    return matching.grade_pairs(pairs, scores, pictures, picture_scores, labels)
 
 
 # -------------------------------------------------------------------------------- where words look
 def find_words(tokenizer, text, length):
-    """The words of a text, cut after `length` tokens, one at least: [(word, numbers of tokens)]."""
+    """[(word, numbers of its tokens), ...] of a text, which is cut after `length` tokens."""
     encoding = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True)
     found = []
     for word in re.finditer(r"\S+", text):
@@ -476,7 +487,7 @@ def draw_attention(matcher, image, texts, scores, path):
     pale = 255 - 0.35 * (255 - image)
     teal = np.array([0, 128, 140])                                    # a colour that no shape has
     words = [find_words(encoder.tokenizer, text, encoder.length) for text in texts]
-    columns = 1 + max(len(row) for row in words)
+    columns = 1 + max(map(len, words))
     cells = []
     labels = []
     for text, score, row in zip(texts, scores, words):
@@ -484,10 +495,12 @@ def draw_attention(matcher, image, texts, scores, path):
         shares = np.stack([maps[..., tokens].sum(-1) for _, tokens in row])
         heat = (shares - shares.mean((1, 2), keepdims=True)).clip(0)
         heat = 0.85 * heat / max(heat.max(), 1e-6)                    # one scale a row
-        heat = heat.repeat(len(image) // heat.shape[1], 1).repeat(len(image) // heat.shape[2], 2)
-        blank = [np.full_like(image, 255)] * (columns - 1 - len(row))           # fill the row
-        cells += [image, *(h * teal + (1 - h) * pale for h in heat[..., None]), *blank]
-        labels += [f"score {score:.3f}", *(word for word, _ in row), *[""] * len(blank)]
+        pixels = len(image) // len(maps)                              # of a side of a patch
+        heat = heat.repeat(pixels, axis=1).repeat(pixels, axis=2)     # (words, H, H)
+        missing = columns - 1 - len(row)                              # words of a shorter text
+        cells += [image, *(h * teal + (1 - h) * pale for h in heat[..., None])]
+        cells += missing * [np.full_like(image, 255)]
+        labels += [f"score {score:.3f}", *(word for word, _ in row), *missing * [""]]
     common.image_grid([np.uint8(cell) for cell in cells], labels, path, columns, titles=texts)
 
 
@@ -513,20 +526,16 @@ def train_and_grade(parser, args):
     common.check_run(folder, args)
     pipeline = load_base(cfg.base, args)
     cfg = dataclasses.replace(cfg, base_identity=pipeline.identity())
-    path = cfg.data
-    if cfg.data == "shapes":
-        annotations = toy_groups(pipeline)
-        path = annotations / "match_tune.jsonl"
+    groups = labelled_groups(cfg, pipeline)
     begin = time.time()
-    groups = labelled_groups(path, cfg.shots)
     matcher = Matcher(cfg, pipeline)
     count = sum(p.numel() for p in matcher.tuned().values())
     train(cfg, matcher, Candidates(groups, pipeline), folder, args)
     print(f"tuned {count:,} parameters on {len(groups)} groups in {time.time() - begin:.0f} s")
     figures = {}
     if cfg.data == "shapes":
-        figures = grade_toy(matcher, annotations, args.samples)
-        group = matching.read_groups(annotations / "match_ten.jsonl")[0]
+        figures = grade_toy(matcher, args.samples)
+        group = matching.read_groups(toy_groups(pipeline) / "match_ten.jsonl")[0]
         right = group["texts"].pop(group["right"])
         texts = [right, *group["texts"][:3]]
         rank_texts(matcher, group["pictures"][0], texts, folder / "samples" / "attention.png")
@@ -537,23 +546,15 @@ def train_and_grade(parser, args):
 
 
 def rank_for_picture(parser, args):
-    """What a matcher is for: ranks texts for an image, with a tuned run or with the base."""
+    """What a matcher is for: ranks texts for an image."""
     if not args.texts or not all(text.strip() for text in args.texts):
         raise UserError("name texts to rank, none of them empty, in quotes, after the picture")
-    of_training = {"resume", "overwrite", "quick", "samples", "preset"}
-    of_training |= {field.name for field in dataclasses.fields(Config)}
-    if args.zero_shot:
-        of_matching = {"base", "score", "times", "evaluations"}
-        common.refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
-        common.refuse_flags(parser, args, of_training - of_matching, "it belongs to --train")
-        cfg = common.make_config(Config, PRESETS, args)
-        matcher = zero_shot(cfg, load_base(cfg.base, args))
-    else:
-        common.refuse_flags(parser, args, of_training, "it belongs to --train, or to --zero-shot")
-        matcher = load_matcher(args.run, args)
-    folder = Path("runs/dsd" if args.zero_shot else args.run)
+    of_training = {field.name for field in dataclasses.fields(Config)}
+    of_training |= {"resume", "overwrite", "quick", "samples", "preset"}
+    common.refuse_flags(parser, args, of_training, "it belongs to --train")
+    folder, _ = common.run_files(args.run)
     out = args.out or folder / "samples" / f"{Path(args.picture).stem}.png"
-    rank_texts(matcher, args.picture, args.texts, out)
+    rank_texts(load_matcher(args.run, args), args.picture, args.texts, out)
 
 
 def main():
@@ -561,10 +562,8 @@ def main():
     parser.add_argument("picture", nargs="?", help="an image to rank texts for")
     parser.add_argument("texts", nargs="*", help="the texts")
     parser.add_argument("--train", action="store_true", help="tune on labelled groups, and grade")
-    parser.add_argument("--run", default="runs/dsd",
-                        help="tuned run that ranks (default %(default)s)")
-    parser.add_argument("--zero-shot", action="store_true",
-                        help="rank with --base as it is, without a tuned run")
+    parser.add_argument("--run", default="runs/dsd", help="tuned run that ranks; or a run that "
+                        "draws, to rank zero-shot with its network (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=512,
                         help="--train: held-out pairs of each kind (default %(default)s)")
     common.add_training_flags(parser, "run folder of --train (default runs/dsd), or the file for "
@@ -574,8 +573,7 @@ def main():
     if args.train:
         if args.picture:
             raise UserError("choose one of --train and a picture")
-        common.refuse_flags(parser, args, ["run", "zero_shot"],
-                            "--train writes a new run, see --out")
+        common.refuse_flags(parser, args, ["run"], "--train writes a new run, see --out")
         train_and_grade(parser, args)
     elif args.picture:
         rank_for_picture(parser, args)

@@ -287,7 +287,6 @@ class ClipScorer:
         # Hessel et al. put these words before each caption; the tiny CLIP has never read them
         self.prefix = "" if self.tiny else "A photo depicts "
 
-    @torch.no_grad()
     def images(self, images):
         """uint8 (B, H, W, 3) -> (B, D). CLIP sees the centre square, resized to its own side."""
         x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float()     # (B, 3, H, W)
@@ -301,7 +300,6 @@ class ClipScorer:
         features = self.model.get_image_features(pixel_values=(x - self.mean) / self.std)
         return F.normalize(features.pooler_output, dim=-1)
 
-    @torch.no_grad()
     def texts(self, texts):
         """B texts, each cut off where CLIP ends -> (B, D)."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length,

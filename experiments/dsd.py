@@ -3,7 +3,7 @@
     python dsd.py --train                                        # first: tunes runs/dsd
     python -m experiments.dsd compare                            # adds its figures to runs/dsd
     python -m experiments.dsd grade --groups winoground.jsonl    # any groups of candidates
-    python -m experiments.dsd grade --comvg comvg.csv --pictures path/to/images
+    python -m experiments.dsd grade --comvg comvg.csv path/to/images
     python -m experiments.dsd grade --retrieval path/to/coco --score itm
 
 Rivals are the tiny CLIP, zero-shot and tuned on the same groups, and errors of the same network,
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 import dsd
@@ -55,69 +54,42 @@ LABELS = {
 
 
 # -------------------------------------------------------------------------- by the network's error
-def noise_error(diffusion, output, x_0, x_t, t, eps):
-    """mean |eps_theta - eps|^2 of each sample, (B,), whatever the network predicts."""
+def noise_error(matcher, x_0, t, eps, y, mask):
+    """mean |eps_theta - eps|^2 of each pair, (B,), whatever the network predicts."""
+    diffusion = matcher.pipeline.diffusion
+    x_t = diffusion.q_sample(x_0, t, eps)
+    _, _, output = matcher.attention_logits(x_t, t, y, mask)
     _, eps_theta = diffusion.predict(output, x_t, t)
     return (eps_theta - eps).square().mean((1, 2, 3))
 
 
-def target_error(diffusion, output, x_0, x_t, t, eps):
+def target_error(matcher, x_0, t, eps, y, mask):
     """The same in the network's own units, those of its loss."""
-    return (output - diffusion.target_of(x_0, t, eps)).square().mean((1, 2, 3))
-
-
-@torch.no_grad()
-def mean_error(matcher, x_0, texts, bank, error, batch_size=256):
-    """The error of M images x_0, each with its text, its mean over the noise bank: (M,)."""
     diffusion = matcher.pipeline.diffusion
-    errors = []
-    for i in tqdm(range(0, len(texts), batch_size), "matching", leave=False):
-        x = x_0[i:i + batch_size]
-        y, mask = matcher.encode_text(texts[i:i + batch_size])
-        errors_at_t = []
-        for t, eps in bank:
-            t = t.expand(len(x))
-            eps = eps.expand_as(x)
-            x_t = diffusion.q_sample(x, t, eps)
-            _, _, output = matcher.attention_logits(x_t, t, y, mask)
-            errors_at_t.append(error(diffusion, output, x, x_t, t, eps))
-        errors.append(torch.stack(errors_at_t).mean(0).cpu())
-    return torch.cat(errors)
-
-
-def pair_error(matcher, candidates, bank, error, rows=slice(None)):
-    """`mean_error` of the pairs of candidates, or of some rows of them."""
-    image, text = candidates.pairs[rows].T
-    texts = [candidates.texts[i] for i in text.tolist()]
-    return mean_error(matcher, candidates.x_0[image], texts, bank, error)
+    x_t = diffusion.q_sample(x_0, t, eps)
+    _, _, output = matcher.attention_logits(x_t, t, y, mask)
+    return (output - diffusion.target_of(x_0, t, eps)).square().mean((1, 2, 3))
 
 
 def empty_error(matcher, candidates, bank, error):
     """The error without a text, evaluated once for each image; for each pair that of its image."""
-    texts = [""] * len(candidates.x_0)
-    return mean_error(matcher, candidates.x_0, texts, bank, error)[candidates.pairs[:, 0]]
+    without_text = copy.copy(candidates)
+    without_text.texts = [""]
+    without_text.pairs = torch.tensor([(image, 0) for image in range(len(candidates.x_0))])
+    return dsd.match(matcher, without_text, bank, error)[candidates.pairs[:, 0]]
 
 
 def denoising(matcher, candidates, bank, error):
-    """Diffusion Classifier. Returns scores (M,) and the number of evaluations, as all below."""
-    scores = -pair_error(matcher, candidates, bank, error)
+    """Diffusion Classifier: like all rivals, scores (M,) and the number of evaluations."""
+    scores = -dsd.match(matcher, candidates, bank, error)
     return scores, len(candidates.pairs) * len(bank)
 
 
 def itm(matcher, candidates, bank, error):
     """DiffusionITM: the error that the text takes away."""
     scores = empty_error(matcher, candidates, bank, error)
-    scores = scores - pair_error(matcher, candidates, bank, error)
+    scores = scores - dsd.match(matcher, candidates, bank, error)
     return scores, (len(candidates.pairs) + len(candidates.x_0)) * len(bank)
-
-
-def by_attention(matcher, candidates, bank=None):
-    """The attention score or, with matcher.cfg.score "hybrid", the hybrid; bank: another one."""
-    bank = bank or matcher.bank
-    evaluations = len(candidates.pairs) * len(bank)
-    if matcher.cfg.score == "hybrid":
-        evaluations += len(candidates.x_0) * len(bank)
-    return dsd.match(matcher, candidates, bank), evaluations
 
 
 # ------------------------------------------------------------------------------------ with pruning
@@ -143,14 +115,16 @@ def pruned_denoising(matcher, candidates, bank, error, every=4):
     """
     errors = torch.full((len(candidates.pairs), len(bank)), math.nan)      # nan: not evaluated
     alive = torch.ones(len(candidates.pairs), dtype=torch.bool)
+    contested = copy.copy(candidates)
     evaluations = 0
     for n, noise in enumerate(bank):                                       # (t, eps)
-        contested = [members[alive[members]] for members in candidates.members
-                     if alive[members].sum() > 1]
-        if not contested:
+        rows = [members[alive[members]] for members in candidates.members
+                if alive[members].sum() > 1]
+        if not rows:
             break
-        rows = torch.cat(contested)
-        errors[rows, n] = pair_error(matcher, candidates, [noise], error, rows)
+        rows = torch.cat(rows)
+        contested.pairs = candidates.pairs[rows]
+        errors[rows, n] = dsd.match(matcher, contested, [noise], error)
         evaluations += len(rows)
         if n % every == every - 1:
             prune_candidates(errors[:, :n + 1], candidates, alive)
@@ -158,26 +132,14 @@ def pruned_denoising(matcher, candidates, bank, error, every=4):
 
 
 # ----------------------------------------------------------------------------------------- by CLIP
-def clip_features(clip, images, texts):
-    """Unit vectors of images uint8 (B, 3, H, W) and texts; unlike ClipScorer's with a gradient."""
-    pixels = images.to(clip.device).float() / 255
-    if pixels.shape[-1] != clip.side:
-        pixels = F.interpolate(pixels, (clip.side, clip.side), mode="bicubic", antialias=True)
-    image = clip.model.get_image_features(pixel_values=(pixels - clip.mean) / clip.std)
-    tokens = clip.tokenizer(texts, padding=True, truncation=True, max_length=clip.length,
-                            return_tensors="pt").to(clip.device)
-    text = clip.model.get_text_features(
-        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-    return F.normalize(image.pooler_output, dim=-1), F.normalize(text.pooler_output, dim=-1)
-
-
 @torch.no_grad()
 def clip_scores(clip, candidates, batch_size=256):
     """The cosine of each pair; it needs no evaluation of the network."""
+    images = candidates.images.permute(0, 2, 3, 1)                         # (I, H, W, 3)
     scores = []
     for pairs in candidates.pairs.split(batch_size):
-        texts = [candidates.texts[i] for i in pairs[:, 1].tolist()]
-        image, text = clip_features(clip, candidates.images[pairs[:, 0]], texts)
+        image = clip.images(images[pairs[:, 0]])
+        text = clip.texts([candidates.texts[i] for i in pairs[:, 1].tolist()])
         scores.append((image * text).sum(-1).cpu())
     return torch.cat(scores), 0
 
@@ -200,8 +162,8 @@ def tune_clip(clip, candidates, steps=150, batch_size=64, lr=1e-4):
         pairs = [pair for right, wrong, _ in batch for pair in [right, *wrong]]
         images = sorted({image for image, _ in pairs})                     # numbers, each once
         texts = sorted({text for _, text in pairs})
-        image, text = clip_features(
-            clip, candidates.images[images], [candidates.texts[i] for i in texts])
+        image = clip.images(candidates.images[images].permute(0, 2, 3, 1))
+        text = clip.texts([candidates.texts[i] for i in texts])
         logits = 50 * image @ text.T                                       # (images, texts)
         row = torch.tensor([images.index(right[0]) for right, _, _ in batch], device=clip.device)
         column = torch.tensor([texts.index(right[1]) for right, _, _ in batch], device=clip.device)
@@ -220,7 +182,7 @@ def read_comvg(path, folder):
               if file.suffix.lower() in image_data.IMAGE_SUFFIXES}
     rng = random.Random(0)
     groups = []
-    hint = f"it must be a column of the file, or an image in {folder}/: see --pictures"
+    hint = f"it must be a column of the file, or an image in {folder}/"
     with common.reading(f"--comvg {path}", hint):
         rows = list(csv.DictReader(io.StringIO(common.read_text(path))))
         if not rows:
@@ -277,21 +239,15 @@ def verdicts(groups, tables):
     return {name: np.array(values, float) for name, values in found.items()}
 
 
-def load_for_grading(parser, args):
-    """The matcher of `grade`: the tuned run or, zero-shot, its base or the one that is named."""
-    of_error = args.score in ("denoising", "itm")
-    if args.zero_shot:
-        common.refuse_flags(parser, args, ["run"], "--zero-shot matches without a tuned run")
-        cfg = dsd.Config(base=args.base)
-        matcher = dsd.zero_shot(cfg, dsd.load_base(cfg.base, args))
-    else:
-        common.refuse_flags(parser, args, ["base"], "a tuned run has its own base; see --zero-shot")
-        matcher = dsd.load_matcher(args.run, args)
-        if of_error:                                        # as published: of the network as it was
-            matcher = dsd.zero_shot(matcher.cfg, matcher.pipeline)
-    changes = {"times": (10, 990), "evaluations": 10} if of_error else {}
-    if args.score and not of_error:
-        changes["score"] = args.score
+def load_for_grading(args):
+    """The matcher of `grade`, with its score, times and evaluations."""
+    matcher = dsd.load_matcher(args.run, args)
+    changes = {}
+    if args.score in ("denoising", "itm"):          # as published: of the network before tuning
+        matcher = dsd.zero_shot(matcher.cfg, matcher.pipeline)
+        changes = {"times": (10, 990), "evaluations": 10}
+    elif args.score:
+        changes = {"score": args.score}
     if args.times:
         changes["times"] = tuple(args.times)
     if args.evaluations:
@@ -301,24 +257,20 @@ def load_for_grading(parser, args):
     return matcher
 
 
-def grade(parser, args):
+def grade(args):
     """Scores the groups of a file, of ComVG or of retrieval, and prints a table."""
-    if not args.comvg:
-        common.refuse_flags(parser, args, ["pictures"], "it names the folder of --comvg's images")
-    if not args.retrieval:
-        common.refuse_flags(parser, args, ["pool_size"], "it belongs to --retrieval")
-    matcher = load_for_grading(parser, args)
+    matcher = load_for_grading(args)
     if args.groups:
         groups = matching.read_groups(args.groups)
     elif args.comvg:
-        groups = read_comvg(args.comvg, args.pictures)
+        groups = read_comvg(*args.comvg)
     else:
         data = "data/shapes" if args.retrieval == "shapes" else args.retrieval
         groups = retrieval_groups(data, args.pool_size, matcher.pipeline.image_size)
     candidates = dsd.Candidates(groups, matcher.pipeline)
     score = args.score or matcher.cfg.score
     if score in ("attention", "hybrid"):
-        scores, evaluations = by_attention(matcher, candidates)
+        scores, evaluations = dsd.match_and_count(matcher, candidates)
     else:
         rival = {"denoising": denoising, "itm": itm}[score]
         scores, evaluations = rival(matcher, candidates, matcher.bank, target_error)
@@ -326,8 +278,7 @@ def grade(parser, args):
     cells = [f"{100 * w.mean():.1f} +- {100 * common.ci95(w):.1f}" for w in won.values()]
     names = [name.removesuffix("_R@1") if "all" in won else name for name in won]
     label = f"{score}, {'tuned' if matcher.cfg.lora_rank else 'zero-shot'}"
-    common.print_table([["right, %", *names], [label, *cells]],
-                       f"{args.groups or args.comvg or args.retrieval}, {len(groups)} groups")
+    common.print_table([["right, %", *names], [label, *cells]], f"{len(groups)} groups")
     print(f"{evaluations} network evaluations")
 
 
@@ -353,11 +304,11 @@ def score_all(candidates, matchers):
     return {
         "clip_zero_shot": clip_scores(matchers["clip"], candidates),
         "clip_few_shot": clip_scores(matchers["tuned_clip"], candidates),
-        "zero_shot": by_attention(base, candidates),
-        "accuracy": by_attention(matchers["tuned"], candidates),
-        "accuracy_one": by_attention(matchers["tuned"], candidates, one),
-        "hybrid": by_attention(matchers["hybrid"], candidates),
-        "hybrid_tuned": by_attention(matchers["hybrid_tuned"], candidates),
+        "zero_shot": dsd.match_and_count(base, candidates),
+        "accuracy": dsd.match_and_count(matchers["tuned"], candidates),
+        "accuracy_one": dsd.match_and_count(matchers["tuned"], candidates, one),
+        "hybrid": dsd.match_and_count(matchers["hybrid"], candidates),
+        "hybrid_tuned": dsd.match_and_count(matchers["hybrid_tuned"], candidates),
         "denoising": pruned_denoising(base, candidates, anywhere, noise_error),
         "denoising_own_units": pruned_denoising(base, candidates, anywhere, target_error),
         "denoising_middle": denoising(base, candidates, middle, noise_error),
@@ -366,40 +317,28 @@ def score_all(candidates, matchers):
     }
 
 
-def compare_pairs(annotations, samples, matchers):
-    """One image and two texts, two images and one text: prints a table, returns its figures."""
-    groups = matching.read_groups(annotations / "match_val.jsonl")[:len(matching.KINDS) * samples]
-    pairs = dsd.Candidates(groups, matchers["base"].pipeline)
-    groups = matching.read_groups(annotations / "match_pictures.jsonl")
-    pictures = dsd.Candidates(groups, matchers["base"].pipeline)
-    of_pictures = score_all(pictures, matchers)
-    figures = {}
-    rows = [["right, %", "evaluations", *matching.PAIR_COLUMNS]]
-    for name, (scores, evaluations) in score_all(pairs, matchers).items():
-        figures |= matching.pair_figures(name, pairs.groups, pairs.tables(scores))
-        tables = pictures.tables(of_pictures[name][0])
-        figures |= matching.picture_figures(name, pictures.groups, tables)
-        count = evaluations / len(pairs.groups)
-        figures[f"{matching.figure_prefix(name)}evaluations"] = count
-        won = matching.matched(pictures.groups, tables)
-        figures[f"pictures_{name}_R@1"] = 100 * float(won.mean())
-        rows.append([LABELS[name], f"{count:.0f}", *matching.pair_row(name, figures)])
-    common.print_table(rows, f"{len(pairs.groups)} images with two texts, {len(pictures.groups)} "
-                       "texts with two images: the wrong one differs in one field")
-    figures["relation_zero_shot"] = figures["zero_shot_relation"]
+def compare_pairs(pipeline, samples, matchers):
+    """Two texts for an image, two images for a text: prints a table, returns its figures."""
+    pairs, pictures = dsd.toy_candidates(pipeline, samples)
+    figures = matching.grade_pairs(
+        pairs, score_all(pairs, matchers), pictures, score_all(pictures, matchers), LABELS)
     figures["relation_over_clip"] = figures["relation"] - figures["clip_relation"]
     figures["over_clip_few_shot"] = figures["accuracy"] - figures["clip_few_shot"]
+    for name in LABELS:                                          # as the other tasks name it
+        prefix = matching.figure_prefix(name)
+        figures[f"pictures_{name}_R@1"] = figures[f"{prefix}one_text_two_pictures"]
     return figures
 
 
-def compare_tasks(annotations, count, matchers):
+def compare_tasks(pipeline, count, matchers):
     """Ten texts for an image, and Winoground: prints a table, returns its figures."""
+    annotations = dsd.toy_groups(pipeline)
     figures = {}
     rows = {name: [label] for name, label in LABELS.items()}
     for task in ("ten", "winoground"):
         groups = matching.read_groups(annotations / f"match_{task}.jsonl")[:count]
         groups = [group | {"kind": ""} for group in groups]              # no row for each kind
-        candidates = dsd.Candidates(groups, matchers["base"].pipeline)
+        candidates = dsd.Candidates(groups, pipeline)
         for name, (scores, _) in score_all(candidates, matchers).items():
             for measure, won in verdicts(groups, candidates.tables(scores)).items():
                 figures[f"{task}_{name}_{measure}"] = 100 * float(won.mean())
@@ -415,13 +354,12 @@ def compare(args):
     tuned = dsd.load_matcher(args.run, args)
     cfg = tuned.cfg
     pipeline = tuned.pipeline
-    if cfg.data != "shapes" or cfg.score != "attention":
-        raise UserError(f"{args.run}/ was tuned on {cfg.data} by its {cfg.score} score: the rivals "
-                        "are graded on the toy world, and beside the attention score")
+    # a run that was not tuned has no base_identity
+    if not cfg.base_identity or cfg.data != "shapes" or cfg.score != "attention":
+        raise UserError(f"{args.run}/: name a run that was tuned on the toy world by the attention "
+                        "score: there, and beside it, the rivals are graded")
     begin = time.time()
-    annotations = dsd.toy_groups(pipeline)
-    groups = dsd.labelled_groups(annotations / "match_tune.jsonl", cfg.shots)
-    candidates = dsd.Candidates(groups, pipeline)
+    candidates = dsd.Candidates(dsd.labelled_groups(cfg, pipeline), pipeline)
     clip = encoders.ClipScorer(pipeline.cfg.clip, pipeline.device)
     hybrid = dataclasses.replace(cfg, score="hybrid")
     matchers = {
@@ -432,8 +370,8 @@ def compare(args):
         "clip": clip,
         "tuned_clip": tune_clip(clip, candidates),
     }
-    figures = compare_pairs(annotations, args.samples, matchers)
-    figures |= compare_tasks(annotations, args.others, matchers)
+    figures = compare_pairs(pipeline, args.samples, matchers)
+    figures |= compare_tasks(pipeline, args.others, matchers)
     figures["compare_seconds"] = time.time() - begin
     common.write_results(args.run, figures)
 
@@ -442,18 +380,15 @@ def compare(args):
 def add_grade_flags(parser):
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--groups", help="groups of a file: RefCOCOg, VQA, Winoground")
-    task.add_argument("--comvg", help="ComVG's pairs of images, in its CSV file")
+    task.add_argument("--comvg", nargs=2, metavar=("CSV", "FOLDER"),
+                      help="ComVG's pairs of images: its file, and the folder of the images")
     task.add_argument("--retrieval", help="find texts for images and images for texts: "
                       '"shapes", or a folder in the layout of MS-COCO')
-    parser.add_argument("--pictures", default=".", help="--comvg: the folder of its images")
     parser.add_argument("--pool-size", type=common.positive, default=50,
                         help="--retrieval: number of images (default %(default)s)")
     parser.add_argument("--score", choices=("attention", "denoising", "itm", "hybrid"),
                         help="default: what the run was tuned for; denoising and itm are of the "
                         "network before tuning, in its own units")
-    parser.add_argument("--zero-shot", action="store_true",
-                        help="match with --base as it is, without a tuned run")
-    parser.add_argument("--base", default=dsd.Config.base, help="default %(default)s")
     parser.add_argument("--times", type=common.positive, nargs=2,
                         help="lowest and highest t (default: the run's; denoising and itm 10 990)")
     parser.add_argument("--evaluations", type=common.positive,
@@ -468,14 +403,16 @@ def main():
                             help="held-out pairs of each kind (default %(default)s)")
     of_compare.add_argument("--others", type=common.positive, default=128,
                             help="groups of each other task (default %(default)s)")
+    of_compare.add_argument("--run", default="runs/dsd", help="tuned run (default %(default)s)")
     of_grade = experiments.add_parser("grade", help="any groups of candidates, by any score")
+    of_grade.add_argument("--run", default="runs/dsd", help="tuned run; or a run that draws, whose "
+                          "network is graded as it is, zero-shot (default %(default)s)")
     add_grade_flags(of_grade)
     for each in (of_compare, of_grade):
-        each.add_argument("--run", default="runs/dsd", help="tuned run (default %(default)s)")
         common.add_device_flags(each)
     args = parser.parse_args()
     if args.experiment == "grade":
-        grade(of_grade, args)
+        grade(args)
     else:
         compare(args)
 

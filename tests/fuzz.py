@@ -358,7 +358,8 @@ def base_commands(folder, clip):
         "fine_rewards.py": [*train, "--llm", llm, *"--captioner x --segmenter x".split(),
                             *"--weights 0 0 1 0 --prompts 4 --candidates 2".split(),
                             "--steps", "1", "--rounds", "1", "--sample-steps", "1", *device],
-        "experiments.dsd": ["grade", "--groups", "groups.jsonl", "--zero-shot", *device],
+        "experiments.dsd": ["grade", "--groups", "groups.jsonl", "--run", "runs/uvit_fusion",
+                            *device],
         "experiments.own_data": ["photographs", *train[1:], "--out", "photographs", "--clip", clip,
                                  *TINY, "--steps", "1", *device],
     }

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,11 +193,11 @@ def test_the_bank_spans_the_times_and_is_the_same_each_time(matcher):
     assert [int(t) for t, _ in noise_bank(matcher.pipeline, (50, 500), 1)] == [275]
 
 
-def test_the_blocks_are_those_of_the_release():
+@pytest.mark.parametrize("depth, blocks", [(2, [0, 1, 2]), (6, [2, 3, 6]), (0, [0, 0, 0])])
+def test_the_blocks_are_those_of_the_release(clip_folder, depth, blocks):
     """The last joint block of the way down, the middle and the last of the way up."""
-    assert dsd.three_blocks(3) == [0, 1, 2]
-    assert dsd.three_blocks(7) == [2, 3, 6]
-    assert dsd.three_blocks(1) == [0, 0, 0]
+    pipeline = tiny_pipeline(clip_folder, depth=depth, image_blocks=0)
+    assert dsd.zero_shot(Config(), pipeline).blocks == blocks
 
 
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
@@ -428,11 +429,13 @@ def test_errors_are_in_the_units_of_eps_or_in_the_networks_own(target):
     diffusion = uvit_fusion.Diffusion("cosine", target, clip_x0=False)
     t = torch.tensor([100, 400])
     x_0, eps = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    x_t = diffusion.q_sample(x_0, t, eps)
     sqrt_abar, sqrt_one_minus_abar = (scale.flatten() for scale in diffusion.scales(t, x_0))
     factor = {"eps": torch.ones(2), "v": sqrt_abar, "x0": sqrt_abar / sqrt_one_minus_abar}[target]
     for off in (0.0, 0.1):
-        inputs = diffusion, diffusion.target_of(x_0, t, eps) + off, x_0, x_t, t, eps
+        output = diffusion.target_of(x_0, t, eps) + off
+        network = SimpleNamespace(pipeline=SimpleNamespace(diffusion=diffusion),
+                                  attention_logits=lambda *_, output=output: (None, None, output))
+        inputs = network, x_0, t, eps, None, None
         assert_close(rivals.target_error(*inputs), torch.full((2,), off**2))
         assert_close(rivals.noise_error(*inputs), (off * factor)**2, rtol=1e-3, atol=1e-6)
 
@@ -441,16 +444,13 @@ def test_errors_are_in_the_units_of_eps_or_in_the_networks_own(target):
 def test_the_rivals_are_errors_with_and_without_the_text(matcher, candidates, error):
     pairs = len(candidates.pairs)
     images = len(candidates.x_0)
-    diffusion = matcher.pipeline.diffusion
     mean = torch.zeros(2, pairs)                                           # with the text, without
     for i, (image, text) in enumerate(candidates.pairs.tolist()):
         x_0 = candidates.x_0[image][None]
         for k, words in enumerate([candidates.texts[text], ""]):
             for t, eps in matcher.bank:
-                x_t = diffusion.q_sample(x_0, t[None], eps[None])
                 y, mask = matcher.encode_text([words])
-                _, _, output = matcher.attention_logits(x_t, t[None], y, mask)
-                mean[k, i] += error(diffusion, output, x_0, x_t, t[None], eps[None]).item() / 2
+                mean[k, i] += error(matcher, x_0, t[None], eps[None], y, mask).item() / 2
     for rival, expected, evaluations in (
             (rivals.denoising, -mean[0], 2 * pairs),
             (rivals.itm, mean[1] - mean[0], 2 * (pairs + images))):
@@ -464,11 +464,12 @@ def test_pruning_drops_what_is_surely_behind_and_spends_less(candidates, monkeyp
     """Wrong candidates of even groups err by far more, those of odd ones differ by chance only."""
     spent = []
 
-    def errors(matcher, candidates, bank, error, rows):
+    def errors(matcher, candidates, bank, error):
+        rows = candidates.pairs[:, 1]                                      # each has its own text
         spent.append(len(rows))
         noise = 0.1 * torch.randn(24, generator=torch.Generator().manual_seed(len(spent)))
         return torch.where(torch.arange(24) % 4 == 1, 9.0, 1.0)[rows] + noise[rows]
-    monkeypatch.setattr(rivals, "pair_error", errors)
+    monkeypatch.setattr(dsd, "match", errors)
     scores, evaluations = rivals.pruned_denoising(None, candidates, [None] * 12, None)
     assert spent[:4] == [24] * 4 and 6 <= max(spent[4:]) <= 12 and evaluations == sum(spent)
     tables = candidates.tables(scores)
@@ -546,14 +547,13 @@ def test_texts_are_ranked_for_an_image_and_drawn(world, tmp_path):
     assert Image.open(tmp_path / "map.png").width > 5 * 144
 
 
-def test_zero_shot_ranks_with_the_base_that_is_named_and_needs_no_run(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["base", "base/model.safetensors"])
+def test_a_run_that_draws_ranks_zero_shot(world, tmp_path, monkeypatch, name):
     matchers = record(dsd, "match", monkeypatch)
-    status, out, errors = run(
-        "dsd.py", "coco/val2017/000000000001.jpg", "a man on a horse", "x", "--zero-shot", "--base",
-        world / "base", "--times", 100, 200, "--out", tmp_path / "map.png", *CPU, cwd=world)
+    status, out, errors = run("dsd.py", "coco/val2017/000000000001.jpg", "a man on a horse", "x",
+                              "--run", name, "--out", tmp_path / "map.png", *CPU, cwd=world)
     assert status == 0 and "a man on a horse" in out, errors
-    assert matchers[0][0].cfg.base == str(world / "base")
-    assert sorted(int(t) for t, _ in matchers[0][0].bank) == [100, 133, 167, 200]
+    assert not matchers[0][0].cfg.lora_rank
 
 
 def test_words_have_the_tokens_that_spell_them(matcher):
@@ -582,9 +582,9 @@ def test_maps_are_shares_of_the_attention_of_each_patch(matcher, candidates):
      ["hybrid, tuned", "36 network evaluations"]),
     (["--groups", "pairs.jsonl", "--run", "run", "--score", "itm", "--times", 600, 800],
      ["itm, zero-shot", "360 network evaluations"]),
-    (["--groups", "winoground.jsonl", "--zero-shot", "--base", "base", "--score", "denoising"],
+    (["--groups", "winoground.jsonl", "--run", "base", "--score", "denoising"],
      ["denoising, zero-shot", "text", "image", "group"]),
-    (["--retrieval", "coco", "--pool-size", 2, "--zero-shot", "--base", "base"],
+    (["--retrieval", "coco", "--pool-size", 2, "--run", "base"],
      ["attention, zero-shot", "text_R@5", "picture_R@1"])])
 def test_every_task_is_graded_by_every_score(world, flags, words):
     status, out, errors = run("experiments.dsd", "grade", *flags, *CPU, cwd=world)
@@ -599,7 +599,8 @@ def test_the_toy_world_is_tuned_on_graded_and_compared_from_end_to_end(tmp_path,
                               "--batch-size", 2, "--evaluations", 1, *CPU, cwd=tmp_path)
     assert status == 0 and "attention, tuned" in out, errors
     heading = next(line for line in out.splitlines() if line.startswith("right, %"))
-    assert heading.split() == ["right,", "%", *KINDS, "all", "+-", "two", "images", "+-"]
+    assert heading.split() == [
+        "right,", "%", "evaluations", *KINDS, "all", "+-", "two", "images", "+-"]
     folder = tmp_path / "runs" / "dsd"
     figures = json.loads((folder / "results.json").read_text())
     names = {"accuracy", "accuracy_ci", "zero_shot", "relation_zero_shot", "seconds"}
@@ -638,10 +639,7 @@ def test_another_base_is_refused(world, tmp_path):
     ("dsd.py", ["nowhere.png", "a", " ", "--run", "run"], ["none of them empty"]),
     ("dsd.py", ["a.png", "a", "--run", "run", "--base", "base"], ["--base plays no part"]),
     ("dsd.py", ["a.png", "a", "--run", "run", "--resume"], ["--resume plays no part"]),
-    ("dsd.py", ["a.png", "a", "--zero-shot", "--run", "run"], ["--run plays no part"]),
-    ("dsd.py", ["a.png", "a", "--zero-shot", "--prompts", 3], ["--prompts plays no part"]),
-    ("dsd.py", ["a.png", "a", "--zero-shot", "--base", "nowhere"], ["nowhere"]),
-    ("dsd.py", [*TUNE, "--out", "new", "--zero-shot"], ["--zero-shot plays no part"]),
+    ("dsd.py", [*TUNE, "--out", "new", "--run", "run"], ["--run plays no part"]),
     ("dsd.py", [*TUNE, "--out", "new", "--samples", 8], ["--samples plays no part"]),
     ("dsd.py", ["a.jpg", "a man", *TUNE, "--out", "new"], ["one of --train"]),
     ("dsd.py", [*TUNE, "--out", "run"], ["run/ holds a run already"]),
@@ -655,10 +653,10 @@ def test_another_base_is_refused(world, tmp_path):
     ("experiments.dsd", ["grade", "--groups", "nowhere.jsonl", "--run", "run"], ["nowhere.jsonl"]),
     ("experiments.dsd", ["grade", "--groups", "pairs.jsonl", "--run", "nowhere"],
      ["no run in nowhere/", "--train"]),
-    ("experiments.dsd", ["grade", "--groups", "a", "--pictures", "b"], ["--pictures plays no"]),
-    ("experiments.dsd", ["grade", "--groups", "a", "--base", "b"], ["--base plays no part"]),
-    ("experiments.dsd", ["grade", "--comvg", "nowhere.csv", "--run", "run"], ["nowhere.csv"]),
-    ("experiments.dsd", ["grade", "--comvg", "pairs.jsonl", "--run", "run"],
+    ("experiments.dsd", ["compare", "--run", "base"], ["base/: name a run that was tuned"]),
+    ("experiments.dsd", ["compare", "--run", "run"], ["run/: name a run that was tuned"]),
+    ("experiments.dsd", ["grade", "--comvg", "nowhere.csv", ".", "--run", "run"], ["nowhere.csv"]),
+    ("experiments.dsd", ["grade", "--comvg", "pairs.jsonl", ".", "--run", "run"],
      ["--comvg pairs.jsonl"])])
 def test_slips_end_in_one_line(world, script, flags, words):
     refused(run(script, *flags, *CPU, cwd=world), *words)

@@ -4,6 +4,7 @@ import math
 import random
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,15 +118,20 @@ def test_a_tie_is_never_won():
     assert matching.rank(np.array([math.nan, 1.0]), 0) == 2
 
 
-def test_figures_are_of_all_groups_and_of_each_kind():
+def test_figures_are_of_all_groups_and_of_each_kind(capsys):
     groups = [{"right": i % 2, "kind": kind} for i, kind in enumerate(2 * FIELDS)]
     tables = [np.array([[1.0, 0.0]])] * 8                  # the first is ahead: right if i is even
-    figures = matching.pair_figures("accuracy", groups, tables)
+    pairs = SimpleNamespace(groups=groups, tables=lambda scores: tables)
+    of_pictures = [np.array([[0.0], [1.0]])] * 4           # the second is ahead, and right
+    pictures = SimpleNamespace(groups=groups[1::2], tables=lambda scores: of_pictures)
+    scores = {"accuracy": (None, 24), "zero_shot": (None, 16)}
+    labels = {"accuracy": "tuned", "zero_shot": "not tuned"}
+    figures = matching.grade_pairs(pairs, scores, pictures, scores, labels)
     assert [figures[kind] for kind in FIELDS] == [100, 0, 100, 0] and figures["accuracy"] == 50
-    figures |= matching.picture_figures("accuracy", groups[::2], tables[::2])
     assert figures["one_text_two_pictures"] == 100 and figures["one_text_two_pictures_ci"] == 0
-    row = matching.pair_row("accuracy", figures)
-    assert row == [100, 0, 100, 0, 50, figures["accuracy_ci"], 100, 0]
-    assert len(row) == len(matching.PAIR_COLUMNS)
-    names = matching.pair_figures("hybrid", groups, tables)
-    assert {"hybrid", "hybrid_ci", "hybrid_count", "hybrid_relation_ci"} <= set(names)
+    assert figures["evaluations"] == 3 and figures["zero_shot_evaluations"] == 2
+    assert figures["relation_zero_shot"] == figures["zero_shot_relation"] == 0
+    assert "zero_shot_count_ci" in figures
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tuned"))
+    ci = f"{figures['accuracy_ci']:.1f}"
+    assert row.split()[1:] == "3 100.0 0.0 100.0 0.0 50.0".split() + [ci, "100.0", "0.0"]

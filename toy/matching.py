@@ -13,11 +13,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 import common
-import image_data
 from common import UserError, read_json, read_json_lines
 from toy import shapes
 from toy.language import write_lines
@@ -46,23 +44,11 @@ def read_groups(path):
     return groups
 
 
-def load_images(paths, size):
-    """uint8 (N, 3, size, size). Raises UserError for an image that cannot be read."""
-    images = [image_data.load_image(path, size) for path in paths]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
 def read_scenes(folder, split):
-    """[(path of the image, scene)] of a split."""
+    """[(path of the image, scene), ...] of a split."""
     content = read_json(Path(folder) / "annotations" / f"captions_{split}2017.json")
     return [(f"../{split}2017/{image['file_name']}", Scene.from_json(image["scene"]))
             for image in content["images"]]
-
-
-def shuffled_scenes(folder, split, rng):
-    scenes = read_scenes(folder, split)
-    rng.shuffle(scenes)
-    return scenes
 
 
 def draw(scene, folder, name, size, rng):
@@ -97,41 +83,27 @@ def change(scene, kind, split, rng):
             return changed
 
 
-def take_scene(scenes, kind):
-    """Takes the first (path, scene) out of a list in which this field can be changed."""
-    # only a scene with a relation can have it changed
-    place = next(i for i, (_, scene) in enumerate(scenes) if scene.relation or kind != "relation")
-    return scenes.pop(place)
-
-
-def one_wrong_text(scenes, split, count, rng):
-    """`count` images, each with a right text and one with a single field changed, KINDS in turn."""
-    groups = []
-    while len(groups) < count:
-        kind = KINDS[len(groups) % 4]
-        path, scene = take_scene(scenes, kind)
-        changed = change(scene, kind, split, rng)
-        if changed:
-            groups.append(shuffled(kind, [path], tell_alike([scene, changed], rng), rng))
-    return groups
-
-
-def one_wrong_image(path, scene, changed, kind, folder, name, size, rng):
+def one_wrong_image(kind, path, scene, changed, folder, name, size, rng):
     """A text with its image and another one, of the changed scene."""
     other = draw(changed, folder, name, size, rng)
     return shuffled(kind, [path, other], tell_alike([scene], rng), rng)
 
 
-def one_wrong_image_each(scenes, folder, count, size, rng):
-    """`count` texts for training, each with two images as above, KINDS in turn."""
+def one_wrong(what, scenes, split, count, folder, size, rng):
+    """`count` groups with one wrong text or image (`what`), KINDS in turn; uses up the scenes."""
     groups = []
     while len(groups) < count:
         kind = KINDS[len(groups) % 4]
-        path, scene = take_scene(scenes, kind)
-        changed = change(scene, kind, "train", rng)
-        if changed:
-            name = f"train-{len(groups):04d}"
-            groups.append(one_wrong_image(path, scene, changed, kind, folder, name, size, rng))
+        # only a scene with a relation can have it changed
+        place = next(i for i, (_, scene) in enumerate(scenes)
+                     if scene.relation or kind != "relation")
+        path, scene = scenes.pop(place)
+        changed = change(scene, kind, split, rng)
+        if changed and what == "text":
+            groups.append(shuffled(kind, [path], tell_alike([scene, changed], rng), rng))
+        elif changed:
+            name = f"{split}-{len(groups):04d}"
+            groups.append(one_wrong_image(kind, path, scene, changed, folder, name, size, rng))
     return groups
 
 
@@ -167,9 +139,12 @@ def build_matching(folder="data/shapes", size=24, train=5_120, test=512, others=
         return folder
     (Path(folder) / "match2017").mkdir(exist_ok=True)
     rng = random.Random(seed)
-    train_scenes = shuffled_scenes(folder, "train", rng)
-    train_texts = one_wrong_text(train_scenes, "train", train, rng)
-    val_texts = one_wrong_text(shuffled_scenes(folder, "val", rng), "val", 4 * test, rng)
+    train_scenes = read_scenes(folder, "train")
+    rng.shuffle(train_scenes)
+    train_texts = one_wrong("text", train_scenes, "train", train, folder, size, rng)
+    val_scenes = read_scenes(folder, "val")
+    rng.shuffle(val_scenes)
+    val_texts = one_wrong("text", val_scenes, "val", 4 * test, folder, size, rng)
     with_relation = [pair for pair in read_scenes(folder, "val") if pair[1].relation]
     two = []
     ten = []
@@ -178,23 +153,20 @@ def build_matching(folder="data/shapes", size=24, train=5_120, test=512, others=
         kind = KINDS[i % 4]
         changed = change_field(scene, kind, rng)
         name = f"{i:04d}-{kind}"
-        two.append(one_wrong_image(path, scene, changed, kind, folder, name, size, rng))
+        two.append(one_wrong_image(kind, path, scene, changed, folder, name, size, rng))
         ten.append(nine_wrong_texts(path, scene, rng))
         winoground.append(swapped(path, scene, folder, f"{i:04d}-swapped", size, rng))
-    train_images = one_wrong_image_each(train_scenes, folder, train, size, rng)
+    train_images = one_wrong("image", train_scenes, "train", train, folder, size, rng)
     in_turn = [group for pair in zip(train_texts, train_images) for group in pair]
     write_lines(annotations / "match_val.jsonl", val_texts)
     write_lines(annotations / "match_pictures.jsonl", two)
     write_lines(annotations / "match_ten.jsonl", ten)
     write_lines(annotations / "match_winoground.jsonl", winoground)
-    write_lines(annotations / "match_tune.jsonl", in_turn)
+    write_lines(annotations / "match_tune.jsonl", in_turn)           # the last: all are there
     return folder
 
 
 # ---------------------------------------------------------------------------------------- graded
-PAIR_COLUMNS = [*KINDS, "all", "+-", "two images", "+-"]
-
-
 def rank(scores, right):
     """Place of the right candidate, or of the best right one: 1 if it is above all others."""
     others = np.delete(scores, right)
@@ -226,14 +198,27 @@ def pair_figures(name, groups, tables):
     return figures
 
 
-def picture_figures(name, groups, tables):
-    """The same of groups of one text and two images."""
-    return common.percent(figure_prefix(name) + "one_text_two_pictures", matched(groups, tables))
+def grade_pairs(pairs, scores, pictures, picture_scores, labels):
+    """Grades groups of two texts and groups of two images: prints a table, returns its figures.
 
-
-def pair_row(name, figures):
-    """The figures in the order of PAIR_COLUMNS."""
-    prefix = figure_prefix(name)
-    names = [prefix + kind for kind in KINDS] + [name, f"{name}_ci"]
-    names += [f"{prefix}one_text_two_pictures", f"{prefix}one_text_two_pictures_ci"]
-    return [figures[name] for name in names]
+    pairs, pictures: the groups, as `dsd.Candidates`; scores, picture_scores: {name: (scores (M,),
+    number of network evaluations)}; labels: {name: label of its row}.
+    """
+    figures = {}
+    rows = [["right, %", "evaluations", *KINDS, "all", "+-", "two images", "+-"]]
+    for name, (of_pairs, evaluations) in scores.items():
+        prefix = figure_prefix(name)
+        figures |= pair_figures(name, pairs.groups, pairs.tables(of_pairs))
+        two_images = f"{prefix}one_text_two_pictures"
+        of_pictures, _ = picture_scores[name]
+        right = matched(pictures.groups, pictures.tables(of_pictures))
+        figures |= common.percent(two_images, right)
+        count = evaluations / len(pairs.groups)
+        figures[f"{prefix}evaluations"] = count
+        shown = [prefix + kind for kind in KINDS]
+        shown += [name, f"{name}_ci", two_images, f"{two_images}_ci"]
+        rows.append([labels[name], f"{count:.0f}", *(figures[each] for each in shown)])
+    common.print_table(rows, f"{len(pairs.groups)} images with two texts, {len(pictures.groups)} "
+                       "texts with two images: the wrong one differs in one field")
+    figures["relation_zero_shot"] = figures["zero_shot_relation"]
+    return figures
