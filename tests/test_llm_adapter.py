@@ -382,7 +382,7 @@ def test_a_grade_compares_languages_and_stages(toy_data, clip_folder, tmp_path, 
               3: Painter(everything[:50], toy_data, clip_folder)}
     scorer = tmp_path / "quality.safetensors"
     common.save_tensors({"weight": torch.zeros(1, 32), "bias": torch.ones(1)}, scorer)
-    monkeypatch.setattr(multilingual, "SCORER", scorer)
+    monkeypatch.setattr(models, "SCORER", scorer)
     monkeypatch.setattr(models, "CLIP_FOLDER", Path(clip_folder))
     args = SimpleNamespace(samples=20, sample_steps=2, font=None)
     figures = multilingual.report(base, stages, toy_data, tmp_path, args)

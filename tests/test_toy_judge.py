@@ -156,7 +156,7 @@ def test_pixels_of_an_object_have_its_colour():
     right = []
     for colour, layout in zip(judge.unmix(noisy_images(layouts))[0], layouts):
         for thing in layout:
-            covered = shapes.coverage(thing.shape, thing.x, thing.y, thing.radius, 24)[0] > 0.1
+            covered = shapes.coverage(thing, 24) > 0.1
             right += list(colour[covered] == list(shapes.COLOURS).index(thing.colour))
     assert np.mean(right) > 0.999
 
@@ -184,7 +184,7 @@ def oracle(data, shift=0):
 
 def test_a_pipeline_that_draws_the_scenes_is_right_in_all(toy_data, capsys):
     figures, table = judge.accuracy(oracle(toy_data), toy_data, 64, steps=3)
-    assert list(table) == list(ROWS)
+    assert set(table) == set(ROWS)
     assert figures == {name: 100 for name in ROWS} | {"all_ci": 0, "samples": 64}
     judge.print_accuracy(figures, table, "oracle")
     printed = capsys.readouterr().out

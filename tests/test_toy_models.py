@@ -37,10 +37,8 @@ def test_batches_hold_each_line_once_and_are_not_too_large():
 
 def test_a_pixel_has_the_label_of_the_polygon_that_holds_its_centre(toy_data):
     polygon = [1, 1, 3.4, 1, 3.4, 2.4, 1, 2.4]
-    instances = {"images": [{"id": 7, "width": 4, "height": 3}],
-                 "categories": [{"id": 5}, {"id": 9}],
-                 "annotations": [{"image_id": 7, "category_id": 9, "segmentation": [polygon]}]}
-    assert models.label_maps(instances)[7].tolist() == [[0, 0, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0]]
+    labels = models.label_map([{"category_id": 2, "segmentation": [polygon]}], size=4)
+    assert labels.tolist() == [[0, 0, 0, 0], [0, 2, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     dataset = models.LabelledImages(toy_data, "train", 24)
     assert dataset.names[:2] == ["background", "red circle"] and len(dataset.names) == 16
     images, _ = next(iter(batches(dataset, 32, 0, 1, 0)))                   # (32, 4, 24, 24)
@@ -89,8 +87,8 @@ def test_the_loss_falls_and_a_model_is_trained_once(trained, toy_data, monkeypat
 
 def test_the_instructed_llm_goes_on_from_the_llm(trained, toy_data, tmp_path, monkeypatch):
     read = []
-    corpus = language.instructed_corpus
-    monkeypatch.setattr(language, "instructed_corpus", lambda *a: read.append(1) or corpus(*a))
+    line_of = language.instructed_line
+    monkeypatch.setattr(language, "instructed_line", lambda *a: read.append(1) or line_of(*a))
     llm = trained[0] / "llm"
     folder = models.instructed_llm(toy_data, tmp_path / "new", llm, steps=4, tokens=400)
     assert read and (folder / "tokenizer.json").read_text() == (llm / "tokenizer.json").read_text()
@@ -154,7 +152,7 @@ def test_the_quality_scorer_is_a_line_through_clips_features(trained, tmp_path, 
     ("shapes", "runs/toy/clip", {"llm": "Qwen/Qwen2.5-1.5B"},
      "clip build_parallel build_narratives build_quality scorer"),
     ("shapes", "runs/toy/clip", {"llm": "runs/toy/llm_instructed"},
-     "clip llm instructed_llm build_parallel build_narratives build_quality scorer"),
+     "clip instructed_llm build_parallel build_narratives build_quality scorer"),
     ("simple", "words", {}, ""),
     ("coco", "runs/toy/clip", {"captioner": "runs/toy/captioner"}, "clip captioner"),
 ])

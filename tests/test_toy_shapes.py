@@ -89,9 +89,12 @@ def test_a_layout_has_its_relation_and_no_other():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pixels_and_outline_agree(shape):
     area = shapes.AREA[shape] * 0.3**2
-    drawn = shapes.coverage(shape, 0.52, 0.47, 0.3, size=200)[0]
+    thing = Thing("red", shape, 0.52, 0.47, 0.3)
+    drawn = shapes.coverage(thing, size=200)
     assert drawn.mean() == pytest.approx(area, rel=0.01)
-    x, y = np.array(shapes.outline(Thing("red", shape, 0.52, 0.47, 0.3))).reshape(-1, 2).T
+    annotation = shapes.annotation(thing, size=1000)
+    assert annotation["area"] == pytest.approx(area * 1e6)
+    x, y = np.array(annotation["segmentation"]).reshape(-1, 2).T / 1000
     polygon = abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2
     assert polygon == pytest.approx(area, rel=0.02)                    # the circle has 24 corners
     rows, columns = np.nonzero(drawn > 0.5)

@@ -15,30 +15,30 @@ def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
     here. With an LLM the toy world also gets parallel sentences, narratives, and images of
     differing quality with a scorer for them.
     """
-    is_toy = data in WORLDS
     folder = data
-    if data == "simple":
-        folder = shapes.build(f"data/simple{size}", size, train=6_000, val=1_024, simple=True)
-    elif is_toy:
+    if data == "shapes":
         folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size)
-    if Path(clip) == models.CLIP_FOLDER:
-        if not is_toy:
-            print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for "
-                  f"{data} name a real one: --clip openai/clip-vit-large-patch14")
-        models.clip(shapes.build())
-    if Path(llm) == models.LLM_FOLDER:
-        models.llm(shapes.build())
-    if Path(llm) == models.INSTRUCTED_FOLDER:
-        models.llm(shapes.build())
-        models.instructed_llm(shapes.build())
-    if Path(captioner) == models.CAPTIONER_FOLDER:
-        models.captioner(shapes.build())
-    if Path(segmenter) == models.SEGMENTER_FOLDER:
-        models.segmenter(shapes.build())
-    if is_toy and llm:
+    elif data == "simple":
+        folder = shapes.build(f"data/simple{size}", size, train=6_000, val=1_024, simple=True)
+    has_tiny_clip = Path(clip) == models.CLIP_FOLDER
+    if has_tiny_clip and data not in WORLDS:
+        print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for "
+              f"{data} name a real one: --clip openai/clip-vit-large-patch14")
+    own_models = {
+        models.CLIP_FOLDER: models.clip,
+        models.LLM_FOLDER: models.llm,
+        models.INSTRUCTED_FOLDER: models.instructed_llm,
+        models.CAPTIONER_FOLDER: models.captioner,
+        models.SEGMENTER_FOLDER: models.segmenter,
+    }
+    for model in (clip, llm, captioner, segmenter):
+        if Path(model) in own_models:
+            train = own_models[Path(model)]
+            train(shapes.build())
+    if llm and data in WORLDS:
         language.build_parallel(folder)
         language.build_narratives(folder)
         shapes.build_quality(folder, size)
-        if Path(clip) == models.CLIP_FOLDER:
+        if has_tiny_clip:
             models.scorer()
     return folder

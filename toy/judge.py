@@ -35,6 +35,7 @@ def components(labels):
     parts = np.where(labels > 0, np.arange(1, h * w + 1).reshape(1, h, w), 0)
     while True:                                      # the largest number spreads through its part
         grown = parts.copy()
+        # a and b: each pixel and the one above it, then each and the one to its left
         for a, b in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:, :, 1:], np.s_[:, :, :-1])):
             same = (labels[a] == labels[b]) & (labels[a] > 0)
             highest = np.where(same, np.maximum(grown[a], grown[b]), 0)
@@ -76,48 +77,42 @@ def parse(images):
     An object is a connected area of mostly covered pixels of one colour, if it is no mere speck.
     """
     images = np.asarray(images, np.float32)
-    n, size = images.shape[:2]
-    colour, alpha = unmix(images)
-    parts = components(np.where(alpha > 0.55, colour + 1, 0))
-    owner = neighbourhood(parts).max(0)              # a part and its thin border
-    objects = []                                     # (number of the image, name of the colour)
-    covers = []                                      # of each object, its pixels (S, S)
-    for i in range(n):
-        numbers, counts = np.unique(parts[i], return_counts=True)
+    size = images.shape[1]
+    colours, alphas = unmix(images)
+    part_maps = components(np.where(alphas > 0.55, colours + 1, 0))
+    owners = neighbourhood(part_maps).max(0)         # a part and its thin border
+    things = []
+    for colour, alpha, parts, owner in zip(colours, alphas, part_maps, owners):
+        found = []
+        numbers, counts = np.unique(parts, return_counts=True)
         for part in numbers[(numbers > 0) & (counts >= SPECK * size**2)]:
-            inside = parts[i] == part
-            border = (parts[i] == 0) & (owner[i] == part)
-            objects.append((i, list(COLOURS)[colour[i][inside][0]]))
-            covers.append(np.where(inside | border, alpha[i], 0))
-    things = [[] for _ in range(n)]
-    if objects:
-        for (i, name), fit in zip(objects, fit_shapes(np.stack(covers))):
-            things[i].append(Thing(name, *fit))
+            inside = parts == part
+            border = (parts == 0) & (owner == part)
+            name = list(COLOURS)[colour[inside][0]]
+            found.append(fit_thing(name, np.where(inside | border, alpha, 0)))
+        things.append(found)
     return things
 
 
-def fit_shapes(covers):
-    """The shape, centre x, centre y and radius of each object, from its pixels (M, S, S).
+def fit_thing(colour, cover):
+    """The `Thing` of this colour that, drawn, differs least from an object's pixels (S, S).
 
-    The shape is the one that, drawn with the same centroid and area, differs least from them.
+    Each shape is tried, with the centroid and the area of these pixels.
     """
-    size = covers.shape[1]
+    size = len(cover)
     pixel = (np.arange(size) + 0.5) / size
-    area = covers.sum((1, 2))
-    x = (covers.sum(1) * pixel).sum(1) / area
-    centroid_y = (covers.sum(2) * pixel).sum(1) / area
-    errors = []                                      # of each shape, (M,)
-    fits = []                                        # of each shape, y and radius, (M,) each
+    area = float(cover.sum())
+    x = float((cover.sum(0) * pixel).sum()) / area
+    centroid_y = float((cover.sum(1) * pixel).sum()) / area
+    things = []
+    errors = []
     for shape in SHAPES:
-        radius = np.sqrt(area / AREA[shape]) / size
+        radius = (area / AREA[shape])**0.5 / size
         y = centroid_y - CENTROID[shape] * radius
-        errors.append(((coverage(shape, x, y, radius, size) - covers)**2).sum((1, 2)))
-        fits.append((y, radius))
-    found = []
-    for m, best in enumerate(np.argmin(errors, 0)):
-        y, radius = fits[best]
-        found.append((SHAPES[best], float(x[m]), float(y[m]), float(radius[m])))
-    return found
+        thing = Thing(colour, shape, x, y, radius)
+        things.append(thing)
+        errors.append(((coverage(thing, size) - cover)**2).sum())
+    return things[np.argmin(errors)]
 
 
 # ----------------------------------------------------------------------------------------- verdict
@@ -203,12 +198,11 @@ def grade_images(images, scenes, unseen):
     scenes of one group, "all_unseen" to scenes without a held-out triple.
     """
     verdicts = [judge(things, scene) for things, scene in zip(parse(images), scenes)]
-    table = {}
-    for field in ("all", *FIELDS):
-        table[field] = np.array([verdict[field] for verdict in verdicts], float)
+    table = {field: np.array([verdict[field] for verdict in verdicts], float)
+             for field in ("all", *FIELDS)}
     table["all_unseen"] = np.where(unseen, table["all"], np.nan)
     table["relation"][[scene.relation is None for scene in scenes]] = np.nan
-    return {name: table[name] for name in ROWS}
+    return table
 
 
 def accuracy(pipeline, data, samples=2048, first=0, **sampling):

@@ -44,7 +44,8 @@ def either_way(scene, rng):
 
 # --------------------------------------------------------------------------------------- languages
 # {a} and {b} are the two groups; the opening "{}" adds nothing. "plain" and "place first" are word
-# orders, the second perhaps with another form, behind '/', for a plural {a}.
+# orders, the second perhaps with another form, behind '/', for a plural {a}. French and Italian
+# words have the forms of Spanish ones.
 SPANISH = {
     # gender/one/many
     "circle": "[m/círculo/círculos|m/disco/discos|f/figura circular/figuras circulares]",
@@ -63,7 +64,6 @@ SPANISH = {
     "plain": "{a} {there} {b}",
     "place first": "{there} {b} hay {a}",
 }
-# as SPANISH
 FRENCH = {
     "circle": "[m/cercle/cercles|m/disque/disques]",
     "square": "m/carré/carrés", "triangle": "m/triangle/triangles",
@@ -122,7 +122,8 @@ CHINESE = {
 }
 
 
-def romance(words, group, rng):
+# Each of these phrases a group. dative: a case that only German has.
+def romance(words, group, rng, dative):
     """'dos figuras circulares rojas': numeral and adjective agree with the noun."""
     gender, one, many = fill(words[group.shape], rng).split("/")
     feminine = gender == "f"
@@ -132,21 +133,9 @@ def romance(words, group, rng):
     return f"{number} {many if plural else one} {colour}"
 
 
-def spanish(group, rng, dative=False):
-    return romance(SPANISH, group, rng)
-
-
-def french(group, rng, dative=False):
-    return romance(FRENCH, group, rng)
-
-
-def italian(group, rng, dative=False):
-    return romance(ITALIAN, group, rng)
-
-
-def german(group, rng, dative):
+def german(words, group, rng, dative):
     """'ein roter Kreis', dative: 'einem roten Kreis'; 'zwei rote Kreise', 'zwei roten Kreisen'."""
-    gender, one, many, many_dative = fill(GERMAN[group.shape], rng).split("/")
+    gender, one, many, many_dative = fill(words[group.shape], rng).split("/")
     if group.count == 1:
         noun = one
         article = GERMAN_ARTICLES[gender].split("/")[dative]
@@ -155,24 +144,21 @@ def german(group, rng, dative):
         noun = many_dative if dative else many
         article = ""
         ending = GERMAN_ENDINGS["plural"].split("/")[dative]
-    text = fill(f"{GERMAN[group.count]} {GERMAN[group.colour]} {noun}", rng)
+    text = fill(f"{words[group.count]} {words[group.colour]} {noun}", rng)
     return text.format(article=article, ending=ending)
 
 
-def chinese(group, rng, dative=False):
+def chinese(words, group, rng, dative):
     """'两个红色的圆形': a numeral with its measure word, the colour, the noun."""
-    return fill(CHINESE[group.count] + CHINESE[group.colour] + CHINESE[group.shape], rng)
+    return fill(words[group.count] + words[group.colour] + words[group.shape], rng)
 
 
-WORDS = {"spanish": SPANISH, "german": GERMAN, "chinese": CHINESE, "french": FRENCH,
-         "italian": ITALIAN}
-PHRASES = {"spanish": spanish, "german": german, "chinese": chinese, "french": french,
-           "italian": italian}
-
-
-def elide(text, language):
-    """French: 'une image de un cercle' -> 'une image d'un cercle'."""
-    return text.replace(" de un", " d'un") if language == "french" else text
+WORDS = {
+    "spanish": SPANISH, "french": FRENCH, "italian": ITALIAN, "german": GERMAN, "chinese": CHINESE,
+}
+PHRASES = {
+    "spanish": romance, "french": romance, "italian": romance, "german": german, "chinese": chinese,
+}
 
 
 def tell(scene, language, rng):
@@ -184,18 +170,19 @@ def tell(scene, language, rng):
     # German has the dative behind an opening and behind a preposition
     opening = fill(words["opening"], rng)
     if len(scene.groups) == 1:
-        text = opening.format(phrase(scene.groups[0], rng, dative=opening != "{}"))
-        return elide(text, language)
-    first, second, relation = either_way(scene, rng)
-    order = words["plain"]
-    if rng.random() < 0.2:
-        opening = "{}"
-        order = words["place first"].split("/")[-1 if first.count > 1 else 0]
-    order = fill(order, rng)
-    a = phrase(first, rng, dative=opening != "{}")
-    b = phrase(second, rng, dative=True)
-    there = fill(words[relation], rng)
-    return elide(opening.format(order.format(a=a, b=b, there=there)), language)
+        text = phrase(words, scene.groups[0], rng, dative=opening != "{}")
+    else:
+        first, second, relation = either_way(scene, rng)
+        order = words["plain"]
+        if rng.random() < 0.2:
+            opening = "{}"
+            order = words["place first"].split("/")[-1 if first.count > 1 else 0]
+        order = fill(order, rng)
+        a = phrase(words, first, rng, dative=opening != "{}")
+        b = phrase(words, second, rng, dative=True)
+        text = order.format(a=a, b=b, there=fill(words[relation], rng))
+    text = opening.format(text)
+    return text.replace(" de un", " d'un") if language == "french" else text
 
 
 def plain(scene):
@@ -213,14 +200,13 @@ def plain(scene):
 
 
 # -------------------------------------------------------------------------------------- long texts
-LEAD = 40        # words (in Chinese: characters) before the first one that matters
 CORNERS = {
     "above": "At the top", "below": "At the bottom",
     "left of": "On the left", "right of": "On the right",
 }
-LONGEST = 22     # words (or Chinese characters) of the longest sentence of FILLER
-# sentences without a colour, shape, number or relation of the toy world, {language: [sentences]}
+# {language: [sentences without a colour, shape, number or relation of the toy world]}
 FILLER = read_json(Path(__file__).with_name("filler.json"))
+LONGEST = 22     # words (or Chinese characters) of its longest sentence
 
 
 def two_sentences(scene, rng):
@@ -239,11 +225,11 @@ def length(text, language):
     return len(text if language == "chinese" else text.split())
 
 
-def paragraph(scene, rng, words=(60, 120), language="english", lead=LEAD):
-    """A long prompt that describes the scene once, behind at least `lead` words of filler.
+def paragraph(scene, rng, words=(60, 120), language="english", lead=40):
+    """A long prompt that describes the scene once, behind filler of at least the length `lead`.
 
-    words: at least and at most so many words, or Chinese characters (there is filler for 140 of
-    them in English, for 90 in the other languages).
+    words: its least and its greatest `length` (there is filler for 140 words in English, for 90
+    words or Chinese characters in the other languages).
     """
     space = "" if language == "chinese" else " "
     if language == "english" and scene.relation and rng.random() < 0.5:
@@ -251,15 +237,15 @@ def paragraph(scene, rng, words=(60, 120), language="english", lead=LEAD):
     else:
         caption = tell(scene, language, rng)
         caption = caption[0].upper() + caption[1:] + ("。" if language == "chinese" else ".")
-    # sentences are added until there are `least` words: the last one may go beyond it by LONGEST
-    least = rng.randint(words[0], max(words[0], words[1] - LONGEST))
-    lead = rng.randint(lead, max(lead, least - length(caption, language)))
+    # filler is added until there is enough: its last sentence may go beyond that by LONGEST
+    enough = rng.randint(words[0], max(words[0], words[1] - LONGEST))
+    before = rng.randint(lead, max(lead, enough - length(caption, language)))
     filler = [fill(text, rng) for text in rng.sample(FILLER[language], len(FILLER[language]))]
     sentences = []
-    while filler and length(space.join(sentences), language) < lead:
+    while filler and length(space.join(sentences), language) < before:
         sentences.append(filler.pop())
     sentences.append(caption)
-    while filler and length(space.join(sentences), language) < least:
+    while filler and length(space.join(sentences), language) < enough:
         sentences.append(filler.pop())
     return space.join(sentences)
 
@@ -370,16 +356,16 @@ def held_out_pair(hue, body):
 
 
 def has_pair(kind, hue, body):
-    """Whether narratives of this kind may have a pair of words.
-
-    read: all pairs that are not held out, for the LLM; heard: those of them without a word of
-    UNHEARD, for SUR-adapter's triples; unheard: the others of them; new pair: held-out pairs of
-    words that the triples have.
-    """
+    """Whether narratives of this kind may have a pair of words."""
+    new = held_out_pair(hue, body)
     unheard = hue in UNHEARD or body in UNHEARD
-    if kind == "new pair":
-        return held_out_pair(hue, body) and not unheard
-    return not held_out_pair(hue, body) and (kind == "read" or unheard == (kind == "unheard"))
+    allowed = {
+        "read": not new,                             # what the LLM reads
+        "heard": not new and not unheard,            # SUR-adapter's triples
+        "unheard": not new and unheard,              # what the LLM has read, and no triple has
+        "new pair": new and not unheard,             # words of the triples, as never put together
+    }
+    return allowed[kind]
 
 
 def narrative_phrase(group, rng, kind):
@@ -400,17 +386,20 @@ def narrative(scene, rng, kind="read", hard=None, turn=True):
     It has at most CONCISE words and marks. kind: of the pairs, see `has_pair`; hard: another kind,
     for one of the groups; turn: half of the narratives mention the second group first.
     """
-    hard_group = rng.choice(scene.groups) if hard else None
+    kinds = dict.fromkeys(scene.groups, kind)
+    if hard:
+        kinds[rng.choice(scene.groups)] = hard
     if len(scene.groups) == 1:
-        return fix_articles(narrative_phrase(scene.groups[0], rng, hard or kind))
+        group = scene.groups[0]
+        return fix_articles(narrative_phrase(group, rng, kinds[group]))
     while True:
         first, second = scene.groups
         relation = scene.relation
         if turn:
             first, second, relation = either_way(scene, rng)
         there = rng.choice(PLACES[relation])
-        a = narrative_phrase(first, rng, hard if first is hard_group else kind)
-        b = narrative_phrase(second, rng, hard if second is hard_group else kind)
+        a = narrative_phrase(first, rng, kinds[first])
+        b = narrative_phrase(second, rng, kinds[second])
         text = fix_articles(f"{there} {b}, {a}" if rng.random() < 0.1 else f"{a} {there} {b}")
         if len(re.findall(r"\w+|[^\w\s]", text)) <= CONCISE:
             return text
@@ -429,15 +418,15 @@ def narrative_prompts(scenes, hard="new pair"):
     return [narrative(scene, random.Random(i), "heard", hard) for i, scene in enumerate(scenes)]
 
 
-def build_narratives(folder="data/shapes", plain_share=0.3, texts=5000, seed=0):
+def build_narratives(folder="data/shapes", texts=5000, seed=0):
     """Writes metadata.jsonl into train2017/ and val2017/, narratives.txt into train2017/.
 
     metadata.jsonl has the format of SUR-adapter's data set, a line an image: {"file_name": ...,
     "text": ..., "prompt": ...}, a narrative of heard words and its keyword prompt, with the groups
-    in the same order. A share `plain_share` of the training images has a caption in place of both,
-    since a plain prompt means what it says. The narratives of validation have a new pair.
-    narratives.txt has `texts` further narratives, with an unheard word each, and nothing else. It
-    comes last: where it is, nothing is written.
+    in the same order. 30 % of the training images have a caption in place of both, since a plain
+    prompt means what it says. The narratives of validation have a new pair. narratives.txt has
+    `texts` further narratives, each with an unheard word. It comes last: where it is, nothing is
+    written.
     """
     done = Path(folder) / "train2017" / "narratives.txt"
     if done.exists():
@@ -450,12 +439,13 @@ def build_narratives(folder="data/shapes", plain_share=0.3, texts=5000, seed=0):
         content = read_json(Path(folder) / "annotations" / f"captions_{split}2017.json")
         for image in content["images"]:
             scene = Scene.from_json(image["scene"])
-            if split == "train" and rng.random() < plain_share:
+            if split == "train" and rng.random() < 0.3:
                 text = prompt = shapes.sentence(scene, rng)
             else:
                 text, prompt = narrative_and_keywords(scene, rng, "heard", hard)
             lines.append({"file_name": image["file_name"], "text": text, "prompt": prompt})
         write_lines(path, lines)
+    # of training scenes, which came last
     scenes = [Scene.from_json(image["scene"]) for image in content["images"][-texts:]]
     narratives = [narrative(scene, rng, "heard", "unheard") for scene in scenes]
     with atomic_write(done) as unfinished:
@@ -470,11 +460,11 @@ def tag_score(scene, label):
     return 1 + max(agreement)
 
 
-def tag_example(scene, rng, labels=1):
-    """A caption and some labels with their scores; the scores 1, 2 and 3 are equally frequent."""
+def tag_example(scene, rng):
+    """A caption and eight labels with their scores; 1, 2 and 3 are equally frequent."""
     caption = shapes.keywords(scene) if rng.random() < 0.2 else shapes.sentence(scene, rng)
     line = f"scene: {caption}"
-    for _ in range(labels):
+    for _ in range(8):
         score = rng.randint(1, 3)
         label = rng.choice([label for label in LABELS if tag_score(scene, label) == score])
         line = f"{line}. {label}: {score}"
@@ -494,7 +484,7 @@ def corpus_line(scene, rng):
     paragraph: half of them in English, with the meaning, '... in plain words: three green ...'
     narrative: without held-out pairs, with the meaning
     facts: three of them
-    tag: eight labels and how well each fits the scene
+    tag: a caption, eight labels, and how well each fits
     """
     kind = rng.choices(tuple(SHARES), weights=tuple(SHARES.values()))[0]
     meaning = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
@@ -511,24 +501,16 @@ def corpus_line(scene, rng):
         return f"{narrative(scene, rng)}{IN_PLAIN_WORDS} {meaning}"
     if kind == "facts":
         return ". ".join(facts(rng)[:3])
-    return tag_example(scene, rng, labels=8)
+    return tag_example(scene, rng)
 
 
-def corpus(scenes, rng):
-    """Yields the lines that the tiny LLM is trained on, one for each scene."""
-    for scene in scenes:
-        yield corpus_line(scene, rng)
+def instructed_line(scene, rng):
+    """A line of text for the tiny instructed LLM.
 
-
-def instructed_corpus(scenes, rng):
-    """Yields the lines that the instructed LLM is trained on further, one for each scene.
-
-    70 % are narratives, followed by their keyword prompts, with the groups in the same order, the
-    others those of `corpus`, that nothing be forgotten.
+    70 % are narratives, followed by their keyword prompts, with the groups in the same order; the
+    others are as above, that nothing be forgotten.
     """
-    for scene in scenes:
-        if rng.random() < 0.7:
-            text, prompt = narrative_and_keywords(scene, rng)
-            yield f"{text}{IN_PLAIN_WORDS} {prompt}"
-        else:
-            yield corpus_line(scene, rng)
+    if rng.random() < 0.7:
+        text, prompt = narrative_and_keywords(scene, rng)
+        return f"{text}{IN_PLAIN_WORDS} {prompt}"
+    return corpus_line(scene, rng)

@@ -3,8 +3,8 @@
 `clip()` stands for openai/clip-vit-large-patch14. It learns from the captions of training scenes by
 the contrastive loss of CLIP (Radford et al. 2021), and reads English only, 20 tokens of it. It has
 CLIP's known weakness: it tells colours and shapes apart, and hardly relations.
-`llm()` stands for Llama, Qwen and Vicuna. It predicts the next token of `language.corpus`: four
-languages, paragraphs and common-sense facts, 256 tokens at a time. It has never seen an image.
+`llm()` stands for Llama, Qwen and Vicuna. It predicts the next token of `language.corpus_line`:
+four languages, paragraphs and common-sense facts, 256 tokens at a time. It has never seen an image.
 `instructed_llm()` stands for Vicuna and other chat models. It is `llm()`, trained on to say what a
 narrative means when it reads "in plain words:".
 `scorer()` stands for the aesthetic predictor of LAION: a linear head on the tiny CLIP that tells
@@ -41,6 +41,7 @@ LLM_FOLDER = Path("runs/toy/llm")
 INSTRUCTED_FOLDER = Path("runs/toy/llm_instructed")
 CAPTIONER_FOLDER = Path("runs/toy/captioner")
 SEGMENTER_FOLDER = Path("runs/toy/segmenter")
+SCORER = "runs/toy/quality.safetensors"
 SIZE = 24                    # pixels that the models of images see
 LENGTH = 20                  # tokens that the tiny CLIP reads, and the tiny captioner writes
 CONTEXT = 256                # tokens that the tiny LLM reads
@@ -53,7 +54,7 @@ TOKENS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
 
 
 # ---------------------------------------------------------------------------- shared by the models
-def is_there(folder, name, original):
+def is_trained(folder, name, original):
     """True if a model was trained before; else says that it is trained now."""
     if (Path(folder) / "config.json").exists():
         return True
@@ -172,7 +173,7 @@ def augment(images):
 # -------------------------------------------------------------------------------------------- CLIP
 def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch_size=192, seed=0):
     """The folder of the tiny CLIP, which is trained if it is not there."""
-    if is_there(folder, "CLIP", "openai/clip-vit-large-patch14"):
+    if is_trained(folder, "CLIP", "openai/clip-vit-large-patch14"):
         return folder
     dataset = CaptionedImages(data, "train", SIZE)
     # the tokenizer has whole words for narratives too, as CLIP's has for all of the web, although
@@ -214,7 +215,7 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch_size=192, seed
 
 
 @torch.no_grad()
-def scorer(data="data/shapes", clip_folder=CLIP_FOLDER, path="runs/toy/quality.safetensors"):
+def scorer(data="data/shapes", clip_folder=CLIP_FOLDER, path=SCORER):
     """The file of the quality scorer, which is fitted if it is not there. Needs the tiny CLIP.
 
     "weight" (1, D) and "bias" (1,) of a linear function of image features of length 1, by ridge
@@ -246,9 +247,11 @@ def scorer(data="data/shapes", clip_folder=CLIP_FOLDER, path="runs/toy/quality.s
 
 
 # --------------------------------------------------------------------------------------------- LLM
-def endless_corpus(scenes, rng, corpus=language.corpus):
+def endless_lines(scenes, rng, line_of):
+    """Yields line_of(scene, rng) for all scenes, again and again, each time in a new order."""
     while True:
-        yield from corpus(rng.sample(scenes, len(scenes)), rng)
+        for scene in rng.sample(scenes, len(scenes)):
+            yield line_of(scene, rng)
 
 
 def token_batches(lines, tokens, rng):
@@ -271,10 +274,11 @@ def token_batches(lines, tokens, rng):
 
 def llm(data="data/shapes", folder=LLM_FOLDER, steps=1700, tokens=1536, seed=0):
     """The folder of the tiny LLM, which is trained if it is not there. tokens: in a batch."""
-    if is_there(folder, "LLM", "Llama, Qwen and Vicuna"):
+    if is_trained(folder, "LLM", "Llama, Qwen and Vicuna"):
         return folder
     rng = random.Random(seed)
-    lines = endless_corpus(scenes_of(CaptionedImages(data, "train", SIZE)), rng)
+    scenes = scenes_of(CaptionedImages(data, "train", SIZE))
+    lines = endless_lines(scenes, rng, language.corpus_line)
     tokenizer = train_tokenizer(itertools.islice(lines, 20_000), 1200, CONTEXT, "<|start|> $A")
     config = transformers.LlamaConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
@@ -317,10 +321,11 @@ def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_
                    tokens=1536, seed=0):
     """The folder of the tiny instructed LLM, which is trained if it is not there.
 
-    It goes on from the tiny LLM with `language.instructed_corpus`. The tiny LLM itself says 3 of 10
+    It goes on from the tiny LLM with `language.instructed_line`. The tiny LLM itself says 3 of 10
     narratives rightly in plain words: of two groups it says one twice. tokens: in a batch.
     """
-    if is_there(folder, "instructed LLM", "Vicuna"):
+    llm(data, llm_folder)
+    if is_trained(folder, "instructed LLM", "Vicuna"):
         return folder
     rng = random.Random(seed)
     scenes = scenes_of(CaptionedImages(data, "train", SIZE))
@@ -330,7 +335,7 @@ def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_
     model = model.to(common.pick_device()).train()
     optimizers = muon_and_adamw(model, model.model.layers, rate=0.5)
     trainer = Trainer("tiny instructed LLM", model, optimizers, steps)
-    lines = endless_corpus(scenes, rng, language.instructed_corpus)
+    lines = endless_lines(scenes, rng, language.instructed_line)
     predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng)
     save(folder, model, tokenizer)
     return folder
@@ -344,7 +349,7 @@ def captioner(data="data/shapes", folder=CAPTIONER_FOLDER, steps=1000, batch_siz
     captions in all wordings relations were still guessed after 900 steps; in this one count,
     colour, shape and relation are 99 % right after 1000.
     """
-    if is_there(folder, "captioner", "Salesforce/blip2-opt-2.7b"):
+    if is_trained(folder, "captioner", "Salesforce/blip2-opt-2.7b"):
         return folder
     items = CaptionedImages(data, "train", SIZE).items
     tokenizer = train_tokenizer([caption for _, captions, _ in items for caption in captions])
@@ -386,23 +391,18 @@ def captioner(data="data/shapes", folder=CAPTIONER_FOLDER, steps=1000, batch_siz
 
 
 # --------------------------------------------------------------------------------------- segmenter
-def label_maps(instances, fine=8):
-    """The label at each pixel's centre, from the content of COCO's instances_*.json.
+def label_map(things, size, fine=8):
+    """The label at each pixel's centre, uint8 (size, size): 0 is background, i COCO's category i.
 
-    Returns {image id: uint8 (height, width)}; 0 is background, i the i-th category. Polygons are
-    drawn `fine` times as large, since Pillow paints every pixel that a border touches.
+    things: annotations of instances_*.json. Their polygons are drawn `fine` times as large, since
+    Pillow paints every pixel that a border touches.
     """
-    labels = {category["id"]: i for i, category in enumerate(instances["categories"], 1)}
-    canvases = {}
-    for image in instances["images"]:
-        size = (fine * image["width"], fine * image["height"])
-        canvases[image["id"]] = Image.new("L", size)
-    for thing in instances["annotations"]:
-        draw = ImageDraw.Draw(canvases[thing["image_id"]])
+    canvas = Image.new("L", (fine * size, fine * size))
+    draw = ImageDraw.Draw(canvas)
+    for thing in things:
         for polygon in thing["segmentation"]:
-            draw.polygon([fine * v for v in polygon], fill=labels[thing["category_id"]])
-    return {image_id: np.asarray(canvas)[fine // 2::fine, fine // 2::fine].copy()
-            for image_id, canvas in canvases.items()}
+            draw.polygon([fine * v for v in polygon], fill=thing["category_id"])
+    return np.array(canvas)[fine // 2::fine, fine // 2::fine]
 
 
 class LabelledImages(CaptionedImages):
@@ -414,16 +414,18 @@ class LabelledImages(CaptionedImages):
         super().__init__(root, split, size)
         instances = common.read_json(Path(root) / "annotations" / f"instances_{split}2017.json")
         self.names = ["background", *(category["name"] for category in instances["categories"])]
-        self.maps = label_maps(instances)
+        self.things = {}                             # of each image, by its id
+        for thing in instances["annotations"]:
+            self.things.setdefault(thing["image_id"], []).append(thing)
 
     def image(self, i):
-        labels = torch.from_numpy(self.maps[self.items[i][2]["id"]])
-        return torch.cat([super().image(i), labels[None]])
+        labels = label_map(self.things[self.items[i][2]["id"]], self.size)
+        return torch.cat([super().image(i), torch.from_numpy(labels)[None]])
 
 
 def segmenter(data="data/shapes", folder=SEGMENTER_FOLDER, steps=400, batch_size=64, seed=0):
     """The folder of the tiny segmenter, which is trained if it is not there."""
-    if is_there(folder, "segmenter", "SAM with a semantic branch"):
+    if is_trained(folder, "segmenter", "SAM with a semantic branch"):
         return folder
     dataset = LabelledImages(data, "train", SIZE)
     config = transformers.SegformerConfig(

@@ -11,8 +11,6 @@ import encoders
 from toy import judge, models
 from toy.language import LANGUAGES, paragraph, tell
 
-SCORER = "runs/toy/quality.safetensors"
-
 
 def validation_prompts(scenes, captions):
     """{kind: a prompt for each scene}, the same for every run; captions: the English ones.
@@ -68,7 +66,8 @@ def report(base, after_stage, data, folder, args):
     common.print_table(rows, f"{folder}: {args.samples} held-out scenes, {args.sample_steps} "
                        "sampling steps")
     if 3 in after_stage and Path(base.cfg.clip) == models.CLIP_FOLDER:   # the scorer is built on it
-        scorer = encoders.AestheticScorer(SCORER, encoders.ClipScorer(base.cfg.clip, base.device))
+        clip = encoders.ClipScorer(base.cfg.clip, base.device)
+        scorer = encoders.AestheticScorer(models.SCORER, clip)
         figures["quality_before"] = float(scorer(images[2]).mean())
         figures["quality_after"] = float(scorer(images[3]).mean())
         figures |= common.percent("stage3_loss", right[2] - right[3])

@@ -29,7 +29,7 @@ COLOURS = {
     "yellow": (238, 190, 30), "purple": (150, 60, 176),
 }
 SHAPES = ("circle", "square", "triangle")
-LABELS = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]
+LABELS = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]     # as in COCO
 RELATIONS = ("above", "below", "left of", "right of")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 FIELDS = ("count", "colour", "shape", "relation")    # what a scene says, and an image can get wrong
@@ -157,8 +157,8 @@ def sentence(scene, rng):
 def keywords(scene):
     """'green, circle, x3, above, blue, square': the prompt style of image-sharing sites."""
     words = []
-    for i, group in enumerate(scene.groups):
-        if i == 1:
+    for group in scene.groups:
+        if words:
             words.append(scene.relation)
         words += [group.colour, group.shape]
         if group.count > 1:
@@ -217,21 +217,20 @@ def layout(scene, rng):
     return things
 
 
-def coverage(shape, x, y, radius, size):
-    """How much of each pixel an object covers, by its signed distance to the pixel's centre.
+def coverage(thing, size):
+    """The share of each pixel that an object covers, by its signed distance to the pixel's centre.
 
-    shape: one of SHAPES; x, y, radius: numbers or arrays (N,), in units of the image's width.
-    Returns (N, size, size) in [0, 1].
+    Returns (size, size) in [0, 1].
     """
     pixel = (np.arange(size) + 0.5) / size
-    dx = pixel[None, None, :] - np.reshape(x, (-1, 1, 1))
-    dy = pixel[None, :, None] - np.reshape(y, (-1, 1, 1))
-    r = np.reshape(radius, (-1, 1, 1))
-    if shape == "circle":
+    dx = pixel[None, :] - thing.x
+    dy = pixel[:, None] - thing.y
+    r = thing.radius
+    if thing.shape == "circle":
         distance = np.sqrt(dx**2 + dy**2) - r
-    elif shape == "square":
+    elif thing.shape == "square":
         distance = np.maximum(np.abs(dx), np.abs(dy)) - SQUARE * r
-    else:                                            # the apex is up; base and height are 2 r
+    else:                            # the apex is up; base and height are 2 r, so slopes are 2
         distance = np.maximum(dy - r, (2 * np.abs(dx) - dy - r) / 5**0.5)
     return np.clip(0.5 - distance * size, 0, 1)
 
@@ -243,7 +242,7 @@ def render(things, size=24, rng=None):
 
     image = np.ones((size, size, 3)) * channels(*BACKGROUND)
     for thing in things:
-        alpha = coverage(thing.shape, thing.x, thing.y, thing.radius, size)[0, :, :, None]
+        alpha = coverage(thing, size)[..., None]
         image = (1 - alpha) * image + alpha * (np.array(COLOURS[thing.colour]) + channels(-8, 8))
     return np.clip(image.round(), 0, 255).astype(np.uint8)
 
@@ -269,7 +268,7 @@ def degrade(image, things, rng):
     x = image.astype(float)
     if ragged:                                       # each object loses pixels of its border
         for thing in things:
-            alpha = coverage(thing.shape, thing.x, thing.y, thing.radius, len(image))[0]
+            alpha = coverage(thing, len(image))
             border = (alpha > 0) & (alpha < 0.9)
             lost = (pixel_rng.random(alpha.shape) < 0.5 * ragged) & border
             x[lost] = np.median(x.reshape(-1, 3), axis=0)             # the background
@@ -283,25 +282,17 @@ def degrade(image, things, rng):
 
 
 # ----------------------------------------------------------------------------------------- on disk
-def outline(thing):
-    """The object's border as a polygon of COCO, [x1, y1, x2, y2, ...], in units of the width."""
-    if thing.shape == "circle":
-        points = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
-    elif thing.shape == "square":
-        points = [(-SQUARE, -SQUARE), (SQUARE, -SQUARE), (SQUARE, SQUARE), (-SQUARE, SQUARE)]
-    else:
-        points = [(0, -1), (1, 1), (-1, 1)]
-    polygon = []
-    for x, y in points:
-        polygon += [float(thing.x + x * thing.radius), float(thing.y + y * thing.radius)]
-    return polygon
-
-
 def annotation(thing, size):
     """Segmentation, box and area of an object, in pixels, as COCO has them."""
-    polygon = [round(v * size, 2) for v in outline(thing)]
-    xs = polygon[::2]
-    ys = polygon[1::2]
+    if thing.shape == "circle":
+        corners = [(np.cos(a), np.sin(a)) for a in np.linspace(0, 2 * np.pi, 24, endpoint=False)]
+    elif thing.shape == "square":
+        corners = [(-SQUARE, -SQUARE), (SQUARE, -SQUARE), (SQUARE, SQUARE), (-SQUARE, SQUARE)]
+    else:
+        corners = [(0, -1), (1, 1), (-1, 1)]
+    xs = [round(float(thing.x + x * thing.radius) * size, 2) for x, _ in corners]
+    ys = [round(float(thing.y + y * thing.radius) * size, 2) for _, y in corners]
+    polygon = [v for point in zip(xs, ys) for v in point]          # [x1, y1, x2, y2, ...]
     box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     area = AREA[thing.shape] * (thing.radius * size)**2
     return {
