@@ -26,6 +26,7 @@ from toy import shapes
 from uvit_fusion import Diffusion, diffusion_loss, timestep_embedding
 
 SAMPLERS = ("ddpm", "ddim", "dpm")
+OUT = Path("runs/lab")
 
 
 def perfect_denoiser(diffusion, data):
@@ -42,11 +43,9 @@ def perfect_denoiser(diffusion, data):
 
 def draw(denoiser, diffusion, shape, sampler, steps, trajectory=None):
     """Samples of this shape, from the same noise for every sampler."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise():
-        return torch.randn(shape, generator=generator)
-    return diffusion.sample(denoiser, noise(), steps, sampler, noise, trajectory)
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    return diffusion.sample(denoiser, x, steps, sampler, lambda: torch.randn(shape), trajectory)
 
 
 def nearest(drawn, data):
@@ -82,16 +81,14 @@ class PointNet(nn.Module):
         return self.layers(torch.cat([x.flatten(1), place, time], dim=1)).view_as(x)
 
 
-def scatter(points, side=160, reach=2.5):
-    """Points (n, 2, 1, 1) as an image, uint8 (side, side, 3)."""
-    image = np.full((side, side, 3), 255, np.uint8)
-    x, y = ((points.flatten(1) / reach + 1) / 2 * side).long().clamp(0, side - 1).T.numpy()
-    for right, up in ((0, 0), (0, 1), (1, 0), (1, 1)):           # a point is 2 x 2 pixels
-        image[(side - 1 - y - up).clip(0), (x + right).clip(0, side - 1)] = (44, 92, 210)
-    return image
+def scatter(points):
+    """Points (n, 2, 1, 1) as an image, uint8 (48, 48, 3)."""
+    x, y = points.flatten(1).T.numpy()
+    counts, _, _ = np.histogram2d(-y, x, bins=48, range=[(-2.5, 2.5)] * 2)
+    return np.where(counts[..., None] > 0, np.uint8(shapes.COLOURS["blue"]), np.uint8(255))
 
 
-def train_points(diffusion, steps):
+def train_points(diffusion, steps=1500):
     model = PointNet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -109,25 +106,22 @@ def train_points(diffusion, steps):
 def show_spiral(args):
     torch.manual_seed(0)
     diffusion = Diffusion("cosine", "v")
-    model = train_points(diffusion, args.steps)
+    model = train_points(diffusion)
     data = spiral(2000)
-    images = []
-    texts = []
+    shown = {}
     for t in (0, 200, 500, 1000):
-        x_t = diffusion.q_sample(data, torch.full((len(data),), t), torch.randn_like(data))
-        images.append(scatter(x_t))
-        texts.append(f"the data at t = {t}")
+        noise = torch.randn_like(data)
+        shown[f"the data at t = {t}"] = diffusion.q_sample(data, torch.full((len(data),), t), noise)
     for sampler in SAMPLERS:
         drawn = draw(model, diffusion, data.shape, sampler, args.sample_steps)
-        images.append(scatter(drawn))
-        texts.append(f"{sampler}: rms to the nearest {rms(nearest(drawn, data)[1]):.3f}")
+        shown[f"{sampler}: rms to the nearest {rms(nearest(drawn, data)[1]):.3f}"] = drawn
     few = data[:20]
     diffusion = Diffusion("cosine", "x0")
     # the last step comes near to t = 0, where the weights choose one point
     drawn = draw(perfect_denoiser(diffusion, few), diffusion, data.shape, "ddpm", 500)
-    images.append(scatter(drawn))
-    texts.append(f"perfect, of 20 points: rms to the nearest {rms(nearest(drawn, few)[1]):.3f}")
-    common.image_grid(images, texts, args.out / "spiral.png", columns=4)
+    shown[f"perfect, of 20 points: rms to the nearest {rms(nearest(drawn, few)[1]):.3f}"] = drawn
+    images = [scatter(points) for points in shown.values()]
+    common.image_grid(images, list(shown), OUT / "spiral.png", columns=4)
 
 
 # ------------------------------------------------------------------------------------ toy pictures
@@ -151,7 +145,7 @@ def show_perfect(args):
         steps = torch.stack([trajectory[step][0] for step in shown])
         images += [*image_data.to_uint8(steps), pictures[number[0]]]
         texts += [*(f"step {step + 1}" for step in shown), "nearest"]
-    common.image_grid(images, texts, args.out / "perfect.png", len(shown) + 1, titles=SAMPLERS)
+    common.image_grid(images, texts, OUT / "perfect.png", len(shown) + 1, titles=SAMPLERS)
     _, between = nearest(data[:1000], data[1000:])
     print(f"from a picture to the nearest of 1000 others: {rms(between):.3f}")
 
@@ -159,13 +153,10 @@ def show_perfect(args):
 def main():
     parser = argparse.ArgumentParser(prog="course.lab", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("spiral", "perfect"))
-    parser.add_argument("--steps", type=common.positive, default=1500,
-                        help="spiral: training steps")
     parser.add_argument("--sample-steps", type=common.positive, default=25, help="sampling steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of the pictures")
     args = parser.parse_args()
     {"spiral": show_spiral, "perfect": show_perfect}[args.what](args)
-    print(f"as a picture: {args.out / args.what}.png")
+    print(f"as a picture: {OUT / args.what}.png")
 
 
 if __name__ == "__main__":
