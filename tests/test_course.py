@@ -6,9 +6,11 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from course import __main__ as course
-from course import prove
+from course import lab, prove
+from uvit_fusion import Diffusion
 
 THING = '''
 """A file with two exercises."""
@@ -317,6 +319,19 @@ def test_wrong_lines_that_are_not_there_are_told(project, tmp_path):
     (project / "course/TEACHERS.md").write_text(text)
     with pytest.raises(course.Slip, match="2.1 in TEACHERS.md: not once"):
         course.make(tmp_path / "out", course.choose(["2.1"]), 1)
+
+
+# ------------------------------------------------------------------------------------- the lab
+@pytest.mark.parametrize("sampler", lab.SAMPLERS)
+def test_the_perfect_denoiser_leads_every_sampler_to_one_of_its_pictures(sampler):
+    data = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    diffusion = Diffusion("cosine", "x0")
+    denoiser = lab.perfect_denoiser(diffusion, data)
+    drawn = lab.draw(denoiser, diffusion, (16, 3, 8, 8), sampler, 25)
+    number, off = lab.nearest(drawn, data)
+    assert off.max() < 0.01 and len(number.unique()) > 1
+    first = denoiser(torch.randn(16, 3, 8, 8), torch.full((16,), diffusion.T))
+    assert lab.rms(first - data.mean(0)) < 0.01, "at t = T the answer is the mean of all"
 
 
 # ----------------------------------------------------------------------------- the course itself
