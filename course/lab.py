@@ -26,6 +26,7 @@ from toy import shapes
 from uvit_fusion import Diffusion, diffusion_loss, timestep_embedding
 
 SAMPLERS = ("ddpm", "ddim", "dpm")
+STEPS = 25              # of sampling
 OUT = Path("runs/lab")
 
 
@@ -103,7 +104,7 @@ def train_points(diffusion, steps=1500):
     return model
 
 
-def show_spiral(args):
+def show_spiral():
     torch.manual_seed(0)
     diffusion = Diffusion("cosine", "v")
     model = train_points(diffusion)
@@ -113,7 +114,7 @@ def show_spiral(args):
         noise = torch.randn_like(data)
         shown[f"the data at t = {t}"] = diffusion.q_sample(data, torch.full((len(data),), t), noise)
     for sampler in SAMPLERS:
-        drawn = draw(model, diffusion, data.shape, sampler, args.sample_steps)
+        drawn = draw(model, diffusion, data.shape, sampler, STEPS)
         shown[f"{sampler}: rms to the nearest {rms(nearest(drawn, data)[1]):.3f}"] = drawn
     few = data[:20]
     diffusion = Diffusion("cosine", "x0")
@@ -125,20 +126,19 @@ def show_spiral(args):
 
 
 # ------------------------------------------------------------------------------------ toy pictures
-def show_perfect(args):
+def show_perfect():
     rng = random.Random(0)
     scenes = [shapes.random_scene(rng) for _ in range(2000)]
     pictures = np.stack([shapes.render(shapes.layout(scene, rng), 24, rng) for scene in scenes])
     data = image_data.to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     diffusion = Diffusion("cosine", "x0")
     denoiser = perfect_denoiser(diffusion, data)
-    shown = range(0, args.sample_steps, max(1, args.sample_steps // 8))
+    shown = range(0, STEPS, 3)
     images = []
     texts = []
     for sampler in SAMPLERS:
         trajectory = []
-        drawn = draw(denoiser, diffusion, (64, *data.shape[1:]), sampler, args.sample_steps,
-                     trajectory)
+        drawn = draw(denoiser, diffusion, (64, *data.shape[1:]), sampler, STEPS, trajectory)
         number, off = nearest(drawn, data)
         print(f"{sampler}: {len(drawn)} pictures, rms to the nearest of {len(data)}: "
               f"{rms(off):.4f} on average, {off.max():.4f} at most")
@@ -153,9 +153,8 @@ def show_perfect(args):
 def main():
     parser = argparse.ArgumentParser(prog="course.lab", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("spiral", "perfect"))
-    parser.add_argument("--sample-steps", type=common.positive, default=25, help="sampling steps")
     args = parser.parse_args()
-    {"spiral": show_spiral, "perfect": show_perfect}[args.what](args)
+    {"spiral": show_spiral, "perfect": show_perfect}[args.what]()
     print(f"as a picture: {OUT / args.what}.png")
 
 

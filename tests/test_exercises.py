@@ -76,8 +76,10 @@ def test_a_relation_is_that_of_the_centres_even_if_objects_overlap(relation, x, 
 
 def readings(text, first, second):
     """The fields that are right, for either order of the groups and either order of the objects."""
-    things = [Thing(*part.split()[:2], *map(float, part.split()[2:]), 0.12)
-              for part in text.split(", ")]
+    things = []
+    for part in text.split(", "):
+        colour, shape, x, y = part.split()
+        things.append(Thing(colour, shape, float(x), float(y), 0.12))
     found = []
     for scene in (Scene((first, second), "above"), Scene((second, first), "below")):
         for order in (things, things[::-1]):
