@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HIDDEN = ("course/TEACHERS.md", "tests/test_course.py", ".ci/")      # not for students
+# not for students
+HIDDEN = ("course/TEACHERS.md", "tests/test_course.py", "tests/mutants.py", ".ci/")
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
@@ -133,24 +134,28 @@ def replace_body(source, name, body):
     return before + body + rest
 
 
-def blank(source, name, number):
-    """The code of a file with nothing in a function but that it is an exercise."""
-    indent = "    " * (name.count(".") + 1)
-    message = f"exercise {number}: see course/EXERCISES.md"
-    return replace_body(source, name, f'{indent}raise NotImplementedError("{message}")\n')
+def blank(functions, number, root):
+    """{file: its code with nothing in these functions but that they are an exercise}."""
+    sources = {file: read(root / file) for file, _ in functions}
+    for file, name in functions:
+        indent = "    " * (name.count(".") + 1)
+        message = f"exercise {number}: see course/EXERCISES.md"
+        body = f'{indent}raise NotImplementedError("{message}")\n'
+        sources[file] = replace_body(sources[file], name, body)
+    return sources
 
 
 def plant(exercise, hunks, root):
     """{file: its code with a wrong block}: each hunk's old lines must occur once in a function."""
     sources = {file: read(root / file) for file, _ in exercise.functions}
     for old, new in hunks:
-        bodies = [(file, name, split_body(sources[file], name)[1])
-                  for file, name in exercise.functions]
-        places = [place for place in bodies for _ in range(place[2].count(old))]
-        if len(places) != 1:
+        count = 0
+        for file, name in exercise.functions:
+            body = split_body(sources[file], name)[1]
+            count += body.count(old)
+            sources[file] = replace_body(sources[file], name, body.replace(old, new))
+        if count != 1:
             raise Slip(f"{exercise.number} in TEACHERS.md: not once in the functions: {old!r}")
-        file, name, body = places[0]
-        sources[file] = replace_body(sources[file], name, body.replace(old, new))
     return sources
 
 
@@ -159,10 +164,7 @@ def copy_project(out, hidden=()):
     """Copies the tracked files into a new folder."""
     if out.exists():
         raise Slip(f"{out} is there already: name a new folder")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        raise Slip("git lists the files to copy: make and grade work in a clone")
-    for name in filter(None, listed.stdout.split("\0")):
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
         if not name.startswith(hidden):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, out / name)
@@ -172,13 +174,11 @@ def make(out, exercises, number):
     """Makes a copy for students; number: which wrong block stands in exercises to mend, from 1."""
     copy_project(out, HIDDEN)
     for exercise in exercises:
-        sources = {file: read(out / file) for file, _ in exercise.functions}
+        sources = blank(exercise.functions, exercise.number, out)
         if "mend" in exercise.marks:
             blocks = read_wrong(exercise.number)
-            sources = plant(exercise, blocks[(number - 1) % len(blocks)][1], out)
-        else:
-            for file, name in exercise.functions:
-                sources[file] = blank(sources[file], name, exercise.number)
+            _, hunks = blocks[(number - 1) % len(blocks)]
+            sources = plant(exercise, hunks, out)
         for file, source in sources.items():
             (out / file).write_text(source, encoding="utf-8")
     print(f"{out}: {', '.join(exercise.number for exercise in exercises)}")
@@ -206,14 +206,14 @@ def move_bodies(submission, copy, exercise):
         (copy / file).write_text(source, encoding="utf-8")
 
 
-def read_report(path):
+def read_report(path, tests):
     """{test: why each of its cases failed, "" for those that passed} of pytest's JUnit file."""
     reasons = {}
     for case in ElementTree.parse(path).iter("testcase"):
         test = f"{case.get('classname').replace('.', '/')}.py::{case.get('name').split('[')[0]}"
         reason = " ".join(child.get("message") or child.tag for child in case)
         reasons.setdefault(test, []).append(" ".join(reason.split()))
-    return reasons
+    return {test: reasons.get(test, ["it did not run"]) for test in tests}
 
 
 def run_tests(copy, tests, limit):
@@ -225,7 +225,7 @@ def run_tests(copy, tests, limit):
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(limit)
-        return read_report(report)
+        return read_report(report, tests)
     except subprocess.TimeoutExpired:
         raise Slip(f"stopped after {limit} s") from None
     except (OSError, ElementTree.ParseError):
@@ -238,7 +238,7 @@ def run_tests(copy, tests, limit):
 
 
 def grade_exercise(submission, exercise, limit):
-    """The share of its tests that an exercise passes, and one line that says why."""
+    """The share of an exercise's marks, and one line that says why."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copy = Path(folder) / "copy"                # a new one: code may write where it likes
         try:
@@ -247,11 +247,13 @@ def grade_exercise(submission, exercise, limit):
             reasons = run_tests(copy, exercise.tests, limit)
         except Slip as slip:
             return 0.0, " ".join(str(slip).split())[:200]
-    failed = [f"; {test.split('::')[1]}: {max(reasons.get(test, ['it did not run']))}"
-              for test in exercise.tests if any(reasons.get(test, [True]))]
-    passed = len(exercise.tests) - len(failed)
-    line = f"{passed} of {len(exercise.tests)} tests" + "".join(failed[:1])
-    return passed / len(exercise.tests), line[:200]
+    failed = [f"; {test.split('::')[1]}: {max(cases)}" for test, cases in reasons.items()
+              if any(cases)]
+    share = 1 - len(failed) / len(reasons)
+    if "mend" in exercise.marks:
+        share = int(share)                          # the copy handed out passes some of the tests
+    line = f"{len(reasons) - len(failed)} of {len(reasons)} tests" + "".join(failed[:1])
+    return share, line[:200]
 
 
 def grade(submission, exercises, path=None, limit=120):
@@ -271,40 +273,39 @@ def grade(submission, exercises, path=None, limit=120):
         Path(path).write_text(json.dumps({"tests": tests}, indent=2) + "\n")
 
 
-def pack(out):
-    """Writes the base model, its early weights and the tiny CLIP, as a zip to unpack in a copy."""
+def pack():
+    """Packs the base model, its early weights and the tiny CLIP, to be unpacked in a copy."""
     names = ("runs/uvit_fusion/*.json", "runs/uvit_fusion/*.safetensors", "runs/toy/clip/*")
     paths = [path for name in names for path in sorted(ROOT.glob(name))]
     if not (ROOT / "runs/uvit_fusion/model.safetensors").exists():
         raise Slip("there is no base model yet: python uvit_fusion.py --train")
-    with zipfile.ZipFile(out, "w") as file:
+    with zipfile.ZipFile("weights.zip", "w") as file:
         for path in paths:
             file.write(path, path.relative_to(ROOT))
-    print(f"{out}: {out.stat().st_size / 1e6:.0f} MB, to be unpacked in the project's folder")
+    print("weights.zip: to be unpacked in the project's folder")
 
 
 # ------------------------------------------------------------------------------------------- main
 def parse_args():
     parser = argparse.ArgumentParser(prog="course", description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True)
-    numbers = dict(metavar="1.1", help="exercises (default: all)")
+    numbers = dict(nargs="*", metavar="1.1", help="exercises (default: all)")
     make = actions.add_parser("make", help="make a copy to hand out")
     make.add_argument("out", type=Path, help="a new folder")
-    make.add_argument("exercises", nargs="*", **numbers)
+    make.add_argument("exercises", **numbers)
     make.add_argument("--week", type=int, help="the exercises of a week")
     make.add_argument("--plant", type=int, default=1, metavar="N",
                       help="exercises to mend get their Nth wrong block (default 1)")
     check = actions.add_parser("check", help="run the tests of exercises")
-    check.add_argument("exercises", nargs="+", metavar="1.1")
+    check.add_argument("exercises", **numbers)
     grade = actions.add_parser("grade", help="grade a student's copy; this runs the student's code")
     grade.add_argument("submission", type=Path, help="the folder with the student's files")
-    grade.add_argument("exercises", nargs="*", **numbers)
+    grade.add_argument("exercises", **numbers)
     grade.add_argument("--json", help="write Gradescope's results to this file")
     prove = actions.add_parser("prove", help="prove that the tests take right code only")
-    prove.add_argument("exercises", nargs="*", **numbers)
+    prove.add_argument("exercises", **numbers)
     prove.add_argument("--json", action="store_true", help="write course/results.json")
-    pack = actions.add_parser("pack", help="pack trained weights")
-    pack.add_argument("out", type=Path, nargs="?", default=Path("weights.zip"), help="a zip file")
+    actions.add_parser("pack", help="write weights.zip, trained weights")
     return parser.parse_args()
 
 
@@ -312,7 +313,7 @@ def main():
     args = parse_args()
     try:
         if args.action == "pack":
-            return pack(args.out)
+            return pack()
         exercises = choose(args.exercises, getattr(args, "week", None))
         if args.action == "make":
             return make(args.out, exercises, args.plant)
@@ -322,7 +323,7 @@ def main():
             sys.exit(check(exercises))
         from course import prove  # it loads torch, which the others do without
         sys.exit(prove.prove(exercises, args.json))
-    except (Slip, OSError) as error:
+    except (Slip, OSError, subprocess.CalledProcessError) as error:
         print(f"course: error: {error}", file=sys.stderr)
         sys.exit(2)
 

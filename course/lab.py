@@ -26,6 +26,8 @@ from toy import shapes
 from uvit_fusion import Diffusion, diffusion_loss, timestep_embedding
 
 SAMPLERS = ("ddpm", "ddim", "dpm")
+STEPS = 25              # of sampling
+OUT = Path("runs/lab")
 
 
 def perfect_denoiser(diffusion, data):
@@ -42,11 +44,9 @@ def perfect_denoiser(diffusion, data):
 
 def draw(denoiser, diffusion, shape, sampler, steps, trajectory=None):
     """Samples of this shape, from the same noise for every sampler."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise():
-        return torch.randn(shape, generator=generator)
-    return diffusion.sample(denoiser, noise(), steps, sampler, noise, trajectory)
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    return diffusion.sample(denoiser, x, steps, sampler, lambda: torch.randn(shape), trajectory)
 
 
 def nearest(drawn, data):
@@ -82,16 +82,14 @@ class PointNet(nn.Module):
         return self.layers(torch.cat([x.flatten(1), place, time], dim=1)).view_as(x)
 
 
-def scatter(points, side=160, reach=2.5):
-    """Points (n, 2, 1, 1) as an image, uint8 (side, side, 3)."""
-    image = np.full((side, side, 3), 255, np.uint8)
-    x, y = ((points.flatten(1) / reach + 1) / 2 * side).long().clamp(0, side - 1).T.numpy()
-    for right, up in ((0, 0), (0, 1), (1, 0), (1, 1)):           # a point is 2 x 2 pixels
-        image[(side - 1 - y - up).clip(0), (x + right).clip(0, side - 1)] = (44, 92, 210)
-    return image
+def scatter(points):
+    """Points (n, 2, 1, 1) as an image, uint8 (48, 48, 3)."""
+    x, y = points.flatten(1).T.numpy()
+    counts, _, _ = np.histogram2d(-y, x, bins=48, range=[(-2.5, 2.5)] * 2)
+    return np.where(counts[..., None] > 0, np.uint8(shapes.COLOURS["blue"]), np.uint8(255))
 
 
-def train_points(diffusion, steps):
+def train_points(diffusion, steps=1500):
     model = PointNet()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -106,52 +104,48 @@ def train_points(diffusion, steps):
     return model
 
 
-def show_spiral(args):
+def show_spiral():
     torch.manual_seed(0)
     diffusion = Diffusion("cosine", "v")
-    model = train_points(diffusion, args.steps)
+    model = train_points(diffusion)
     data = spiral(2000)
-    images = []
-    texts = []
+    shown = {}
     for t in (0, 200, 500, 1000):
-        x_t = diffusion.q_sample(data, torch.full((len(data),), t), torch.randn_like(data))
-        images.append(scatter(x_t))
-        texts.append(f"the data at t = {t}")
+        noise = torch.randn_like(data)
+        shown[f"the data at t = {t}"] = diffusion.q_sample(data, torch.full((len(data),), t), noise)
     for sampler in SAMPLERS:
-        drawn = draw(model, diffusion, data.shape, sampler, args.sample_steps)
-        images.append(scatter(drawn))
-        texts.append(f"{sampler}: rms to the nearest {rms(nearest(drawn, data)[1]):.3f}")
+        drawn = draw(model, diffusion, data.shape, sampler, STEPS)
+        shown[f"{sampler}: rms to the nearest {rms(nearest(drawn, data)[1]):.3f}"] = drawn
     few = data[:20]
     diffusion = Diffusion("cosine", "x0")
     # the last step comes near to t = 0, where the weights choose one point
     drawn = draw(perfect_denoiser(diffusion, few), diffusion, data.shape, "ddpm", 500)
-    images.append(scatter(drawn))
-    texts.append(f"perfect, of 20 points: rms to the nearest {rms(nearest(drawn, few)[1]):.3f}")
-    common.image_grid(images, texts, args.out / "spiral.png", columns=4)
+    shown[f"perfect, of 20 points: rms to the nearest {rms(nearest(drawn, few)[1]):.3f}"] = drawn
+    images = [scatter(points) for points in shown.values()]
+    common.image_grid(images, list(shown), OUT / "spiral.png", columns=4)
 
 
 # ------------------------------------------------------------------------------------ toy pictures
-def show_perfect(args):
+def show_perfect():
     rng = random.Random(0)
     scenes = [shapes.random_scene(rng) for _ in range(2000)]
     pictures = np.stack([shapes.render(shapes.layout(scene, rng), 24, rng) for scene in scenes])
     data = image_data.to_float(torch.from_numpy(pictures).permute(0, 3, 1, 2))
     diffusion = Diffusion("cosine", "x0")
     denoiser = perfect_denoiser(diffusion, data)
-    shown = range(0, args.sample_steps, max(1, args.sample_steps // 8))
+    shown = range(0, STEPS, 3)
     images = []
     texts = []
     for sampler in SAMPLERS:
         trajectory = []
-        drawn = draw(denoiser, diffusion, (64, *data.shape[1:]), sampler, args.sample_steps,
-                     trajectory)
+        drawn = draw(denoiser, diffusion, (64, *data.shape[1:]), sampler, STEPS, trajectory)
         number, off = nearest(drawn, data)
         print(f"{sampler}: {len(drawn)} pictures, rms to the nearest of {len(data)}: "
               f"{rms(off):.4f} on average, {off.max():.4f} at most")
         steps = torch.stack([trajectory[step][0] for step in shown])
         images += [*image_data.to_uint8(steps), pictures[number[0]]]
         texts += [*(f"step {step + 1}" for step in shown), "nearest"]
-    common.image_grid(images, texts, args.out / "perfect.png", len(shown) + 1, titles=SAMPLERS)
+    common.image_grid(images, texts, OUT / "perfect.png", len(shown) + 1, titles=SAMPLERS)
     _, between = nearest(data[:1000], data[1000:])
     print(f"from a picture to the nearest of 1000 others: {rms(between):.3f}")
 
@@ -159,13 +153,9 @@ def show_perfect(args):
 def main():
     parser = argparse.ArgumentParser(prog="course.lab", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("spiral", "perfect"))
-    parser.add_argument("--steps", type=common.positive, default=1500,
-                        help="spiral: training steps")
-    parser.add_argument("--sample-steps", type=common.positive, default=25, help="sampling steps")
-    parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of the pictures")
     args = parser.parse_args()
-    {"spiral": show_spiral, "perfect": show_perfect}[args.what](args)
-    print(f"as a picture: {args.out / args.what}.png")
+    {"spiral": show_spiral, "perfect": show_perfect}[args.what]()
+    print(f"as a picture: {OUT / args.what}.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ All in one process, which changes the code of the functions while the tests run:
 import contextlib
 import importlib
 import inspect
-import io
+import operator
 import os
 import tempfile
 import time
@@ -28,12 +28,12 @@ from course.__main__ import ROOT  # noqa: E402
 
 
 def run_tests(tests, *flags):
-    """{test: why each of its cases failed, "" for those that passed}"""
+    """The report of the tests, run in this process."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            pytest.main([*tests, "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *flags])
-        return course.read_report(report)
+        quiet = ["-p", "no:terminal", "-p", "no:cacheprovider"]
+        pytest.main([*tests, *quiet, f"--junitxml={report}", *flags])
+        return course.read_report(report, tests)
 
 
 def is_noticed(exercise, functions, sources):
@@ -54,29 +54,18 @@ def find_code(code, name):
 @contextlib.contextmanager
 def planted(functions, sources):
     """Within the block, functions [(file, name)] run the code that {file: code} has for them."""
-    before = []
-    for file, name in functions:
-        function = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-        for part in name.split("."):
-            function = getattr(function, part)
-        function = inspect.unwrap(function)
-        before.append((function, function.__code__))
-        function.__code__ = find_code(compile(sources[file], str(ROOT / file), "exec"), name)
-    yield
-    for function, code in before:
-        function.__code__ = code
-
-
-def blanked(number, functions):
-    sources = {file: course.read(ROOT / file) for file, _ in functions}
-    for file, name in functions:
-        sources[file] = course.blank(sources[file], name, number)
-    return sources
+    with pytest.MonkeyPatch.context() as patch:
+        for file, name in functions:
+            module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+            function = inspect.unwrap(operator.attrgetter(name)(module))
+            code = find_code(compile(sources[file], str(ROOT / file), "exec"), name)
+            patch.setattr(function, "__code__", code)
+        yield
 
 
 def round_trips(file, name):
     source = course.read(ROOT / file)
-    empty = course.blank(source, name, "0.0")
+    empty = course.blank([(file, name)], "0.0", ROOT)[file]
     again = course.replace_body(empty, name, course.split_body(source, name)[1])
     return again == source != empty
 
@@ -87,17 +76,18 @@ def find_faults(exercise, blocks):
     faults = [f"{name} does not come back as it was" for file, name in functions
               if not round_trips(file, name)]
     reasons = run_tests(exercise.tests)
-    faults += [f"{test} does not pass" for test in exercise.tests
-               if any(reasons.get(test, ["it did not run"]))]
-    with planted(functions, blanked(exercise.number, functions)):
+    faults += [f"{test} does not pass" for test in exercise.tests if any(reasons[test])]
+    with planted(functions, course.blank(functions, exercise.number, ROOT)):
         reasons = run_tests(exercise.tests)
     message = f"NotImplementedError: exercise {exercise.number}:"
     faults += [f"{test} does not fail on blank functions as it should" for test in exercise.tests
-               if not all(message in reason for reason in reasons.get(test, [""]))]
-    faults += [f"no test needs {name}" for file, name in functions if not is_noticed(
-        exercise, [(file, name)], blanked(exercise.number, [(file, name)]))]
-    faults += [f"not noticed: {name}" for name, hunks in blocks if not is_noticed(
-        exercise, functions, course.plant(exercise, hunks, ROOT))]
+               if not all(message in reason for reason in reasons[test])]
+    for one in functions:
+        if not is_noticed(exercise, [one], course.blank([one], exercise.number, ROOT)):
+            faults.append(f"no test needs {one[1]}")
+    for name, hunks in blocks:
+        if not is_noticed(exercise, functions, course.plant(exercise, hunks, ROOT)):
+            faults.append(f"not noticed: {name}")
     return faults if blocks else [*faults, "TEACHERS.md has no wrong block"]
 
 

@@ -242,17 +242,19 @@ def test_the_error_without_a_text_is_evaluated_once_for_each_noisy_image(matcher
 # --------------------------------------------------------------------------- the loss, the training
 def test_the_hinge_wants_the_hardest_wrong_candidate_behind_by_the_margin():
     right = torch.tensor([1.0, 1.0, 1.0])
-    wrong = torch.tensor([[0.0, 0.9], [0.5, 0.7], [2.0, 0.0]])
+    wrong = torch.tensor([[0.85, 0.9], [0.5, 0.7], [2.0, 0.0]])
     assert dsd.hinge_loss(right, wrong, 0.2).item() == pytest.approx((0.1 + 0.0 + 1.2) / 3)
     assert dsd.hinge_loss(right, wrong, 0.0).item() == pytest.approx((0.0 + 0.0 + 1.0) / 3)
 
 
 def test_similar_texts_have_most_words_in_common():
-    texts = ["a red circle", "a red square", "two dogs", "a Red circle, and more", "red circle"]
+    texts = ["a red circle", "a red square", "two dogs", "a Red circle, and more", "red circle",
+             "", "."]
     has_word = dsd.count_words(texts)
-    assert has_word.sum(1).tolist() == [3, 3, 2, 5, 2]
-    assert dsd.most_similar_texts(has_word, 0) == [4, 3, 1, 2]
+    assert has_word.sum(1).tolist() == [3, 3, 2, 5, 2, 0, 0]
+    assert dsd.most_similar_texts(has_word, 0) == [4, 3, 1, 2, 5, 6], "of equals the first"
     assert dsd.most_similar_texts(has_word, 0, count=1) == [4]
+    assert dsd.most_similar_texts(has_word, 5) == [0, 1, 2, 3, 4, 6], "0 / 0 counts as 0"
 
 
 def test_negatives_are_a_groups_own_then_similar_texts_of_other_groups(candidates, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import common
 import uvit_fusion
 from toy import judge
-from toy.shapes import FIELDS, Group, Scene, Thing
+from toy.shapes import FIELDS, RELATIONS, Group, Scene, Thing
 from uvit_fusion import Diffusion
 
 
@@ -56,15 +56,45 @@ def test_attention_leaves_out_what_a_bias_of_minus_infinity_hides():
         "equal logits take the mean of the values"
 
 
+def test_a_padding_bias_hides_padding_and_no_key_around_the_text():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    bias = uvit_fusion.padding_bias(mask, before=1, after=2)
+    hidden = [[0, 0, 0, 1, 0, 0], [0, 0, 1, 1, 0, 0]]            # time, three tokens, two patches
+    assert bias.shape == (2, 1, 1, 6)
+    assert bias[:, 0, 0].tolist() == [[-math.inf if hide else 0 for hide in row] for row in hidden]
+
+
 # ------------------------------------------------------------------------------------ 3 alignment
+@pytest.mark.parametrize("relation, x, y", [
+    ("above", 0, 0.15), ("below", 0, -0.15), ("left of", 0.15, 0), ("right of", -0.15, 0)])
+def test_a_relation_is_that_of_the_centres_even_if_objects_overlap(relation, x, y):
+    first = Thing("red", "circle", 0.5, 0.5, 0.1)
+    second = Thing("blue", "square", 0.5 + x, 0.5 + y, 0.1)
+    found = [name for name in RELATIONS if judge.stands(name, [first], [second])]
+    assert found == [relation]
+
+
+def readings(text, first, second):
+    """The fields that are right, for either order of the groups and either order of the objects."""
+    things = []
+    for part in text.split(", "):
+        colour, shape, x, y = part.split()
+        things.append(Thing(colour, shape, float(x), float(y), 0.12))
+    found = []
+    for scene in (Scene((first, second), "above"), Scene((second, first), "below")):
+        for order in (things, things[::-1]):
+            verdict = judge.judge(order, scene)
+            found.append({field for field in FIELDS if verdict[field]})
+    return found
+
+
 def test_of_two_readings_with_as_many_right_fields_the_one_of_right_colours_counts():
-    things = [Thing("red", "circle", 0.3, 0.2, 0.12), Thing("blue", "circle", 0.7, 0.2, 0.12),
-              Thing("blue", "square", 0.5, 0.7, 0.12)]
-    circle, squares = Group(1, "red", "circle"), Group(2, "blue", "square")
-    for scene in (Scene((circle, squares), "above"), Scene((squares, circle), "below")):
-        verdict = judge.judge(things, scene)
-        right = {field for field in FIELDS if verdict[field]}
-        assert right == {"count", "colour"}, "the other reading has shape and relation right"
+    found = readings("red circle 0.3 0.2, blue circle 0.7 0.2, blue square 0.5 0.7",
+                     Group(1, "red", "circle"), Group(2, "blue", "square"))
+    assert found == [{"count", "colour"}] * 4, "the other reading has shape and relation right"
+    found = readings("red circle 0.2 0.5, red square 0.5 0.5, red square 0.8 0.5",
+                     Group(2, "red", "circle"), Group(1, "red", "square"))
+    assert found == [{"colour", "shape"}] * 4, "the other reading has colour and count right"
 
 
 # -------------------------------------------------------------------------------------- 5 rewards

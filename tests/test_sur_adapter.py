@@ -96,6 +96,9 @@ def test_the_distance_is_the_kl_of_the_student_to_the_teacher():
     expected = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)            # 0.223, not 0.193
     assert feature_kl(teacher, student, torch.ones(1, 1), 1.0).item() == pytest.approx(expected)
     assert feature_kl(teacher, teacher, torch.ones(1, 1), 1.0).item() == pytest.approx(0)
+    seen = torch.ones(1, 1, dtype=torch.bool)
+    coarse = feature_kl(teacher.bfloat16(), student.bfloat16(), seen, 1.0)
+    assert coarse.dtype == torch.float32, "of bf16 features, too"
 
 
 def test_temperature_4_is_16_times_the_distance_of_a_quarter_of_the_features():
@@ -156,11 +159,12 @@ def test_each_term_trains_the_adapter(pipeline, batch, student):
     adapter = randomized(new_adapter())
     names, parameters = zip(*adapter.named_parameters())
     noise, prompt, llm = losses(Config(llm_student=student), adapter, pipeline, *batch)
-    for term in (noise, prompt, llm):
+    for word, term in (("noise", noise), ("prompt", prompt), ("llm", llm)):
+        assert term.requires_grad, f"the {word} term has no gradient"
         gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         for name, gradient in zip(names, gradients):
             taught = name.startswith("encoder_blocks.") or term is not llm or student == "y"
-            assert (gradient is not None and gradient.abs().max() > 0) == taught, name
+            assert (gradient is not None and gradient.abs().max() > 0) == taught, (word, name)
 
 
 # ------------------------------------------------------------------------------------------- P

@@ -110,12 +110,18 @@ def test_a_scene_of_one_group_has_no_relation_to_get_wrong():
     assert wrong("red circle 2 2", scene) == {"count"}
 
 
+def test_without_objects_or_with_more_than_ten_nothing_is_right():
+    scene = Scene((Group(1, "red", "circle"),))
+    crowd = [Thing("red", "circle", i / 11, 0.5, 0.02) for i in range(11)]
+    for found in ([], crowd):
+        assert judge.judge(found, scene) == dict.fromkeys((*FIELDS, "all"), False)
+    assert judge.judge(crowd[:10], scene)["colour"], "ten objects are judged"
+
+
 def test_empty_and_noisy_images_are_judged_wrong():
     noise = np.random.default_rng(0).integers(0, 255, (2, 24, 24, 3))
     for found in judge.parse(np.concatenate([np.full((1, 24, 24, 3), 240), noise])):
         assert not judge.judge(found, Scene((Group(1, "red", "circle"),)))["all"]
-    crowd = [Thing("red", "circle", i / 11, 0.5, 0.02) for i in range(11)]
-    assert not any(judge.judge(crowd, Scene((Group(1, "red", "circle"),))).values())
 
 
 # ------------------------------------------------------------------------------------- the objects

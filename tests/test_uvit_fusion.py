@@ -124,7 +124,7 @@ def uvit_by_its_equations(w, cfg, x, t, text, mask):
 def test_the_network_is_the_papers(fusion, v, c, mask_text):
     model, cfg = network(fusion, v, c, mask_text=mask_text)
     expected, expected_logits = uvit_by_its_equations(model.state_dict(), cfg, *inputs())
-    assert torch.allclose(model(*inputs()), expected, atol=1e-4)
+    assert torch.allclose(model(*inputs()), expected, atol=1e-4), "tokens, skips, or the bias"
     x, t, text, mask = inputs()
     output, logits = model.denoise(x, t, model.encode_text(text, mask), mask, return_logits=True)
     assert torch.allclose(output, expected, atol=1e-4)
