@@ -54,8 +54,9 @@ class Inception:
                             "(B, D) of images uint8 (B, 3, H, W)"):
             self.network = torch.jit.load(path, map_location=device).eval()
             arguments = [argument.name for argument in self.network.forward.schema.arguments]
+            # StyleGAN's file gives classes unless it is asked for features
             self.flags = {"return_features": True} if "return_features" in arguments else {}
-            _, self.dim = self(np.zeros((2, 64, 64, 3), np.uint8)).shape     # fails if not (B, D)
+            _, _ = self(np.zeros((2, 64, 64, 3), np.uint8)).shape            # fails if not (B, D)
 
     @torch.no_grad()
     def __call__(self, images):

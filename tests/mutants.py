@@ -1258,8 +1258,7 @@ MUTANTS = {
          "return time_below + (right - below) / (above - below) * (time_above - time_below)",
          "return time_above"),
         ("seeds are paired with others", "experiments.fusion.paired_differences",
-         "np.subtract(intermediate[:len(other)], other)",
-         "np.subtract(intermediate[:len(other)], other[::-1])"),
+         "zip(intermediate, runs)", "zip(intermediate, runs[::-1])"),
         ("the mean step for the step of the mean", "experiments.fusion.time_table",
          "uvit_fusion.time_until(mean_curve(runs), TARGET)",
          "float(np.mean([uvit_fusion.time_until(run['curve'], TARGET) for run in runs]))"),
@@ -1269,7 +1268,9 @@ MUTANTS = {
         ("the last weights for every step", "experiments.fusion.accuracy_curve",
          'f"step{step}.safetensors"', '"model.safetensors"'),
         ("a finished variant is trained again", "experiments.fusion.train_variant",
-         "finished.exists() and not args.overwrite", "False"),
+         '(folder / "state.pt").exists()', "False"),
+        ("a finished variant is graded again", "experiments.fusion.train_variant",
+         "graded.exists()", "False"),
     ],
 }
 
