@@ -3,7 +3,7 @@
     python sample.py "two red circles above a blue square" "three green triangles"
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
     python sample.py "four purple circles" --trajectory          # the predicted x_0, step by step
-    python sample.py "four purple circles" --trajectory --out film.gif           # the same, moving
+    python sample.py "four purple circles" --trajectory --out film.gif       # the same as a film
     python sample.py "four purple circles" "a red disc" --vary guidance 1 3 8    # a row a value
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sample.py "a train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth
@@ -89,11 +89,11 @@ def load_pipeline(args):
 
 
 def output_folder(args):
-    """The run folder; of a .safetensors file in a run, or of published weights, their own one."""
+    """Where results go: the run folder; for one of its .safetensors files, a folder of its name."""
     if args.weights:
-        return Path("runs") / Path(args.weights).stem
+        return Path("runs") / Path(args.weights).stem            # published weights have no run
     if Path(args.run).suffix == ".safetensors":
-        return Path(args.run).with_suffix("")                    # beside the file
+        return Path(args.run).with_suffix("")
     return Path(args.run)
 
 
@@ -123,7 +123,7 @@ def sampling_options(args):
                 negative_prompt=args.negative_prompt, seed=args.noise_seed)
 
 
-# ------------------------------------------------------------------------------------------ grids
+# ------------------------------------------------------------------------------- prompts and grids
 def read_prompts(args):
     """The prompts of the command line and of --file."""
     prompts = list(args.prompts)

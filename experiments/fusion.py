@@ -103,10 +103,9 @@ def compare(args, device, precision):
 def train_variant(cfg, data, folder, args, device, precision):
     """Trains and grades one variant; of one that is finished, reads the figures."""
     print(f"\ninto {folder}/")
-    run_args = argparse.Namespace(resume=(folder / "state.pt").exists(), overwrite=True,
-                                  workers=None, compile=None, validation_samples=0)
     # goes on if it was stopped, does nothing if it is finished, refuses other settings
-    pipeline = uvit_fusion.train(cfg, data, folder, run_args, device, precision)
+    args.resume = (folder / "state.pt").exists()
+    pipeline = uvit_fusion.train(cfg, data, folder, args, device, precision)
     graded = folder / "graded.json"              # eval.py may write other figures to results.json
     if graded.exists():
         return common.read_json(graded)
@@ -300,14 +299,14 @@ def cost(args, device, precision):
     Figures of a GPU have "gpu" before the unit that their name ends with.
     """
     on_gpu = device.type == "cuda"
-    small = {name: VARIANTS[name] for name in ("early", "intermediate")}
-    small_figures = cost_table("toy", small, Config().batch_size, 40, args, device, precision)
+    folder = Path(args.out or "runs/cost")
+    two = {name: VARIANTS[name] for name in ("early", "intermediate")}
+    small = cost_table("toy", two, Config().batch_size, 40, args, device, precision)
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     figures = cost_table("coco", SWEEP, batch_size, 8, args, device, precision)
     figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
-    figures |= {f"toy_{name}": value for name, value in small_figures.items()}
-    folder = Path(args.out or "runs/cost")
+    figures |= {f"toy_{name}": value for name, value in small.items()}
     figures |= single_changes(device, precision)
     figures["toy_step_ms"] = training_step_ms(folder / "training", args, device, precision)
     if on_gpu:
@@ -358,9 +357,7 @@ def training_step_ms(folder, args, device, precision, steps=200):
     """ms a step of `uvit_fusion.train` on the toy world: images, text and averages included."""
     cfg = Config(steps=steps, snapshot_at=())
     data = toy.prepare(cfg.data, cfg.clip)
-    run_args = argparse.Namespace(resume=False, overwrite=True, workers=None,
-                                  compile=args.compile, validation_samples=0)
-    uvit_fusion.train(cfg, data, folder, run_args, device, precision)      # which prints it too
+    uvit_fusion.train(cfg, data, folder, args, device, precision)          # which prints it too
     return common.read_json(folder / "results.json")["step_ms"]
 
 
@@ -442,10 +439,12 @@ def ranks_and_shares(pipeline, images, captions):
     for t in (100, 300, 500, 700, 900):
         maps, mask = text_attention(pipeline, images, captions, t)
         lengths = mask.sum(1).tolist()                                    # without padding
-        ranks.append([])
+        block_ranks = []
         for block in maps:
-            ranks[-1].append([effective_rank(block[i, :, :, :length]).mean().item()
-                              for i, length in enumerate(lengths)])
+            image_ranks = [effective_rank(heads[:, :, :length]).mean().item()
+                           for heads, length in zip(block, lengths)]
+            block_ranks.append(image_ranks)
+        ranks.append(block_ranks)
         shares.append([block.sum(-1).mean().item() for block in maps])
     return np.mean(ranks, axis=0), np.mean(shares, axis=0)
 
@@ -524,9 +523,11 @@ def main():
                         help="compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--out", help="compare, cost: folder (default runs/compare, runs/cost)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="cost: torch.compile (default: on a GPU)")
+                        help="compare, cost: torch.compile (default: on a GPU)")
     common.add_device_flags(parser)
     common.add_config_flags(parser, Config, PRESETS)
+    # for `uvit_fusion.train`
+    parser.set_defaults(resume=False, overwrite=True, workers=None, validation_samples=0)
     args = parser.parse_args()
     device = common.pick_device(args.device)
     EXPERIMENTS[args.experiment](args, device, common.pick_precision(args.precision, device))
