@@ -17,8 +17,9 @@ What --quality measures, with the features x of N generated images and y of real
 
 The papers' CLIP is ViT-B/32 for the score and ViT-L/14 at 336 pixels for CMMD. Figures of another
 CLIP (--clip-model) cannot be compared with theirs. So those of the toy world's tiny CLIP are called
-tiny_clip_score and tiny_clip_distance, and the FID of toy images toy_inception_distance. Figures
-are printed as a table and written to results.json.
+tiny_clip_score and tiny_clip_distance, and the FID of toy images toy_inception_distance.
+
+Figures are printed as a table and written to results.json.
 """
 import argparse
 import hashlib
@@ -37,15 +38,6 @@ import toy
 from common import UserError
 from toy import by_noise, judge
 
-LABELS = {
-    "clip_score": "CLIP score",
-    "cmmd": "CMMD",
-    "fid": "FID",
-    "tiny_clip_score": "tiny-CLIP score",
-    "tiny_clip_distance": "tiny-CLIP distance",
-    "toy_inception_distance": "toy Inception distance",
-}
-
 
 # ---------------------------------------------------------------------------------------- features
 class Inception:
@@ -62,8 +54,9 @@ class Inception:
                             "(B, D) of images uint8 (B, 3, H, W)"):
             self.network = torch.jit.load(path, map_location=device).eval()
             arguments = [argument.name for argument in self.network.forward.schema.arguments]
+            # StyleGAN's file gives classes unless it is asked for features
             self.flags = {"return_features": True} if "return_features" in arguments else {}
-            _, self.dim = self(np.zeros((2, 64, 64, 3), np.uint8)).shape     # fails if not (B, D)
+            _, _ = self(np.zeros((2, 64, 64, 3), np.uint8)).shape            # fails if not (B, D)
 
     @torch.no_grad()
     def __call__(self, images):
@@ -132,62 +125,20 @@ def cmmd(x, y, sigma=10.0):
     return float(1000 * (same - 2 * mean_kernel(x, y, sigma)))
 
 
-def fid(x, mu, sigma):
-    """|mu_x - mu|^2 + tr(S_x + S - 2 (S_x S)^(1/2)): features x (N, D) against statistics mu, S"""
-    return common.frechet_distance(*common.feature_statistics(x), mu, sigma)
+def fid(x, y):
+    """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)): features (N, D), (M, D) -> float"""
+    return common.frechet_distance(*common.feature_statistics(x), *common.feature_statistics(y))
 
 
 # ----------------------------------------------------------------------------------------- quality
-def read_statistics(path, dim):
-    """mu (dim,) and sigma (dim, dim) of an .npz file, the usual way to share FID statistics."""
-    with common.reading(f"--reference {path}", "it is no .npz of mu and sigma"):
-        with np.load(path) as content:
-            mu = np.asarray(content["mu"], np.float64)
-            sigma = np.asarray(content["sigma"], np.float64)
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError("it holds nan")
-    if mu.shape != (dim,) or sigma.shape != (dim, dim):
-        raise UserError(f"--reference {path} has mu {mu.shape} and sigma {sigma.shape}, but this "
-                        f"--inception gives {dim} features")
-    return mu, sigma
+def quality(pipeline, dataset, samples, clip, inception, sampling, workers=None):
+    """Generates images for captions of `dataset` and compares them with its own: {name: figure}.
 
-
-def reference_images(folder, size):
-    """The images of a folder, with captions or without, as CaptionedImages."""
-    paths = [path for path in image_data.find_files(folder).values()
-             if path.suffix.lower() in image_data.IMAGE_SUFFIXES]
-    if not paths:
-        raise UserError(f"--reference {folder} is neither a folder of images nor an .npz file")
-    items = [(path, [""], {}) for path in paths]
-    return image_data.CaptionedImages(folder, "val", size, items)
-
-
-def quality(pipeline, dataset, samples, clip, inception, reference, sampling, folder, workers=None):
-    """Generates images for validation captions and measures them: {name: figure}.
-
-    dataset: the validation images; inception: an `Inception`, or None; reference: what to compare
-    with, a folder of images or an .npz of Inception statistics. None: the validation images, whose
-    CLIP score is measured too. Inception statistics of real images go to folder/reference.npz.
+    clip: a `ClipScorer`; inception: an `Inception`, or None; sampling: for `pipeline.generate`.
     """
-    statistics_only = str(reference).endswith(".npz")
-    if statistics_only and not inception:
-        raise UserError(f"--reference {reference} holds statistics for a FID: add --inception FILE")
-    real = dataset
-    if reference and not statistics_only:
-        real = reference_images(reference, pipeline.image_size)
-    if min(samples, len(real)) < 2:
-        raise UserError(f"{samples} generated and {len(real)} real images are too few: take 2")
-    if statistics_only:
-        mu, sigma = read_statistics(reference, inception.dim)
-    else:
-        y, y_inception, y_captions = extract_features(
-            real_images(real, workers), clip, inception)
-        if inception:
-            mu, sigma = common.feature_statistics(y_inception)
-            with common.atomic_write(folder / "reference.npz") as temporary:
-                with open(temporary, "wb") as file:
-                    np.savez(file, mu=mu, sigma=sigma)
-
+    if min(samples, len(dataset)) < 2:
+        raise UserError(f"{samples} generated and {len(dataset)} real images are too few: take 2")
+    y, y_inception, y_captions = extract_features(real_images(dataset, workers), clip, inception)
     captions = []
     for i in range(samples):
         texts = dataset.items[i % len(dataset)][1]
@@ -196,50 +147,34 @@ def quality(pipeline, dataset, samples, clip, inception, reference, sampling, fo
         generated_images(pipeline, captions, sampling), clip, inception)
 
     score = "tiny_clip_score" if clip.tiny else "clip_score"
-    distance = "tiny_clip_distance" if clip.tiny else "cmmd"
-    toy_images = "scene" in dataset.items[0][2]
     scores = clip_score(clip, x, captions)
-    figures = {score: float(scores.mean()), f"{score}_ci": common.ci95(scores)}
-    if not reference:
-        figures[f"{score}_real"] = float(clip_score(clip, y, y_captions).mean())
-    if not statistics_only:
-        figures[distance] = cmmd(x, y)
+    figures = {
+        score: float(scores.mean()),
+        f"{score}_ci": common.ci95(scores),
+        f"{score}_real": float(clip_score(clip, y, y_captions).mean()),
+        "tiny_clip_distance" if clip.tiny else "cmmd": cmmd(x, y),
+    }
     if inception:
-        figures["toy_inception_distance" if toy_images else "fid"] = fid(x_inception, mu, sigma)
+        toy_images = "scene" in dataset.items[0][2]
+        figures["toy_inception_distance" if toy_images else "fid"] = fid(x_inception, y_inception)
     figures["quality_samples"] = samples
     return figures
 
 
-def print_quality(figures, title):
-    rows = [["", "generated", "+-", "real"]]
-    for name, label in LABELS.items():
-        if name in figures:
-            cells = [figures.get(key) for key in (name, f"{name}_ci", f"{name}_real")]
-            rows.append([label, *("" if cell is None else f"{cell:.4f}" for cell in cells)])
-    common.print_table(rows, title)
-    if figures["quality_samples"] < 10_000:
-        print("distances of few images come out too high: compare them at equal numbers only")
-
-
-def measure_quality(args, pipeline, data, folder, how):
-    """The figures of --quality; how: the sampling in words, for the table's title."""
+def measure_quality(args, pipeline, data, title):
+    """Prints and returns the figures of --quality."""
     dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     samples = args.samples or min(30_000, len(dataset))
     clip = encoders.ClipScorer(args.clip_model or pipeline.cfg.clip, pipeline.device)
     inception = Inception(args.inception, pipeline.device) if args.inception else None
-    folder.mkdir(parents=True, exist_ok=True)
-    figures = quality(pipeline, dataset, samples, clip, inception, args.reference,
-                      sample.sampling_options(args), folder, args.workers)
-    print_quality(figures, f"{args.weights or args.run}: {samples:,} images, {how}; against "
-                           f"{args.reference or data}; CLIP: {clip.path}")
+    figures = quality(pipeline, dataset, samples, clip, inception,
+                      sample.sampling_options(args), args.workers)
+    rows = [["figure", "value"]]
+    rows += [[name, f"{value:.5g}"] for name, value in figures.items()]
+    common.print_table(rows, f"{title}; against {data}; CLIP: {clip.path}")
+    if samples < 10_000:
+        print("distances of few images come out too high: compare them at equal numbers only")
     return figures
-
-
-def output_folder(args):
-    """The run folder; of a .safetensors file in a run, a folder beside it with its name."""
-    if not args.weights and Path(args.run).suffix == ".safetensors":
-        return Path(args.run).with_suffix("")
-    return sample.run_folder(args)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -262,15 +197,13 @@ def add_flags(parser):
                                             "(default: the one whose text model the run uses)")
     group.add_argument("--inception", help="TorchScript file such as inception-2015-12-05.pt, for "
                                            "FID; its code is run: know where it comes from")
-    group.add_argument("--reference", help="compare with this: folder of images, or .npz of mu and "
-                                           "sigma (default: the validation images)")
     group.add_argument("--workers", type=common.whole, help="processes that read images")
 
 
 def check_flags(parser, args):
     """Refuses flags that the chosen measure does not use."""
     if not args.quality:
-        of_quality = ("clip_model", "inception", "reference", "workers")
+        of_quality = ("clip_model", "inception", "workers")
         common.refuse_flags(parser, args, of_quality, "it belongs to --quality")
     if args.by_noise:
         of_sampling = ("sample_steps", "guidance", "guidance_interval", "sampler",
@@ -286,12 +219,12 @@ def main():
     pipeline = sample.load_pipeline(args)
     cfg = pipeline.cfg
     data = toy.prepare(args.data or cfg.data, cfg.clip, pipeline.image_size)
-    folder = Path(args.out or output_folder(args))
+    folder = Path(args.out or sample.output_folder(args))
     name = args.weights or args.run
     guidance = cfg.guidance if args.guidance is None else args.guidance
     how = f"{args.sample_steps} steps of {args.sampler or cfg.sampler}, guidance {guidance:g}"
     if args.quality:
-        figures = measure_quality(args, pipeline, data, folder, how)
+        figures = measure_quality(args, pipeline, data, f"{name}, {how}")
     elif args.by_noise:
         found = by_noise.measure(pipeline, data, args.samples or 512, args.noise_seed)
         figures = by_noise.report(found, f"{name}: captions right and wrong, by noise level",

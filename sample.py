@@ -2,9 +2,8 @@
 
     python sample.py "two red circles above a blue square" "three green triangles"
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
-    echo "a yellow square" | python sample.py -
-    python sample.py "four purple circles" --trajectory       # the predicted x_0, step by step
-    python sample.py "four purple circles" --trajectory --out film.gif           # as a film
+    python sample.py "four purple circles" --trajectory          # the predicted x_0, step by step
+    python sample.py "four purple circles" --trajectory --out film.gif       # the same as a film
     python sample.py "four purple circles" "a red disc" --vary guidance 1 3 8    # a row a value
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sample.py "a train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth
@@ -15,7 +14,6 @@ The same seed gives the same images.
 import argparse
 import copy
 import importlib
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -29,7 +27,6 @@ from common import UserError
 # a run's config.json names one of these files, whose load_pipeline(path, ...) loads it
 METHODS = ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")
 DEFAULT_RUN = "runs/uvit_fusion"
-VARIED = ("guidance", "sampler", "sample-steps", "run")          # what --vary can change
 
 
 # ----------------------------------------------------------------------------------------- loading
@@ -91,12 +88,13 @@ def load_pipeline(args):
     return load_run(args.run, args.device, args.precision, **changes)
 
 
-def run_folder(args):
-    """The folder of the run; for published weights, which have none, runs/<their name>."""
+def output_folder(args):
+    """Where results go: the run folder; for one of its .safetensors files, a folder of its name."""
     if args.weights:
-        return Path("runs") / Path(args.weights).stem
-    folder, _ = common.run_files(args.run)
-    return folder
+        return Path("runs") / Path(args.weights).stem            # published weights have no run
+    if Path(args.run).suffix == ".safetensors":
+        return Path(args.run).with_suffix("")
+    return Path(args.run)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -125,39 +123,28 @@ def sampling_options(args):
                 negative_prompt=args.negative_prompt, seed=args.noise_seed)
 
 
-# ---------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------- prompts and grids
 def read_prompts(args):
-    """The prompts of the command line, of --file, and of standard input for the prompt "-"."""
-    prompts = [prompt for prompt in args.prompts if prompt != "-"]
+    """The prompts of the command line and of --file."""
+    prompts = list(args.prompts)
     if args.file:
         prompts += common.read_text(args.file).splitlines()
-    with common.reading("the prompts", "write them in UTF-8"):
-        if "-" in args.prompts:
-            prompts += sys.stdin.read().removeprefix("\ufeff").splitlines()
-        return [image_data.one_line(prompt) for prompt in prompts if prompt.strip()]
+    return [image_data.one_line(prompt) for prompt in prompts if prompt.strip()]
 
 
-# ------------------------------------------------------------------------------------------ grids
+VARIED = ("guidance", "sampler", "sample-steps", "run")
+
+
 def varied_args(parser, args):
-    """args for each value of --vary, which stands in the place of the flag's own."""
+    """The args of each row of --vary: those of the command line, and one value of the flag."""
     name, *values = args.vary
     if name not in VARIED or not values:
         raise UserError(f"--vary {' '.join(args.vary)}: expected one of {', '.join(VARIED)}, and "
                         "its values")
     field = name.replace("-", "_")
-    if getattr(args, field) != parser.get_default(field):
-        raise UserError(f"--{name}: its values are those of --vary, leave it out")
-    # the parser checks a value as it does that of the flag
+    common.refuse_flags(parser, args, [field], "its values are those of --vary")
+    # parsed like the flag itself, so a wrong value gets the same message
     return [parser.parse_args([f"--{name}", value], copy.copy(args)) for value in values]
-
-
-def check_layout(args, film):
-    """Refuses flags that the chosen layout does not use."""
-    if args.trajectory and args.vary:
-        raise UserError("--trajectory and --vary: a row would be an image and a value: choose one")
-    if args.columns and (args.vary or args.trajectory and not film):
-        layout = "--vary: a row is a value" if args.vary else "--trajectory: a row is an image"
-        raise UserError(f"--columns plays no part with {layout}")
 
 
 def draw_trajectory(trajectory, prompts, out, font):
@@ -168,7 +155,7 @@ def draw_trajectory(trajectory, prompts, out, font):
 
 
 def save_film(trajectory, prompts, out, columns, font):
-    """The same as an animated GIF: a grid for each step, of which the last one stays longer."""
+    """An animated GIF: a grid of all images for each step, of which the last one stays longer."""
     first, *others = [common.draw_grid(images, prompts, columns, font=font)
                       for images in trajectory]
     milliseconds = [150] * len(others) + [3000]
@@ -178,25 +165,9 @@ def save_film(trajectory, prompts, out, columns, font):
                    loop=0)
 
 
-def generate_rows(rows, prompts, trajectory):
-    """Images of all prompts, row after row, from the same noise; rows: the args of each row."""
-    images = []
-    loaded = None
-    for args in rows:
-        if args.run != loaded:
-            pipeline = load_pipeline(args)
-            if args.adapter:
-                pipeline = importlib.import_module("sur_adapter").attach(pipeline, args.adapter)
-            loaded = args.run
-        images += list(pipeline.generate(prompts, progress=True, trajectory=trajectory,
-                                         **sampling_options(args)))
-    return images
-
-
 # ------------------------------------------------------------------------------------------- main
 def add_flags(parser):
-    parser.add_argument("prompts", nargs="*",
-                        help='prompts in quotes; "-" reads them from standard input, one a line')
+    parser.add_argument("prompts", nargs="*", help="prompts in quotes")
     parser.add_argument("--file", help="text file with one prompt a line")
     parser.add_argument("--per-prompt", type=common.positive, default=1,
                         help="images for each prompt (default %(default)s)")
@@ -210,7 +181,6 @@ def add_flags(parser):
     parser.add_argument("--out", help="file of the grid (default: samples/prompts.png in the run)")
     parser.add_argument("--singles", action="store_true",
                         help="also write each image to a file of its own, beside the grid")
-    parser.add_argument("--columns", type=common.positive, help="images in a row of the grid")
     parser.add_argument("--font", help="font file for the prompts, for other scripts than Latin")
     add_run_flags(parser)
     add_sampling_flags(parser)
@@ -225,24 +195,30 @@ def main():
     if not prompts:
         parser.print_help()
         return
-    out = Path(args.out or run_folder(args) / "samples" / "prompts.png")
+    out = Path(args.out or output_folder(args) / "samples" / "prompts.png")
     if out.suffix.lower() not in image_data.IMAGE_SUFFIXES:
         raise UserError(f"--out {out}: name an image file, such as {out}.png")
-    film = args.trajectory and out.suffix.lower() == ".gif"
-    check_layout(args, film)
+    if args.trajectory and args.vary:
+        raise UserError("--trajectory and --vary: a row would be an image and a value: choose one")
     font = common.load_font(args.font)
-
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
-    columns = args.columns
-    if columns is None and args.per_prompt > 1:
-        columns = args.per_prompt                                # a row a prompt
+    columns = args.per_prompt if args.per_prompt > 1 else None   # a row a prompt
     trajectory = [] if args.trajectory else None                 # of each step: (N, H, W, 3)
-    images = generate_rows(rows, prompts, trajectory)
+    images = []
+    loaded = None
+    for row in rows:
+        if row.run != loaded:                                    # --vary run: another one
+            pipeline = load_pipeline(row)
+            if args.adapter:
+                pipeline = importlib.import_module("sur_adapter").attach(pipeline, args.adapter)
+            loaded = row.run
+        images += list(pipeline.generate(prompts, progress=True, trajectory=trajectory,
+                                         **sampling_options(row)))
     if args.vary:
         titles = [f"{args.vary[0]} {value}" for value in args.vary[1:]]
         texts = [""] * (len(images) - len(prompts)) + prompts    # below the last row
         common.image_grid(images, texts, out, len(prompts), titles=titles, font=font)
-    elif film:
+    elif args.trajectory and out.suffix.lower() == ".gif":
         save_film(trajectory, prompts, out, columns, font)
     elif args.trajectory:
         draw_trajectory(trajectory, prompts, out, font)

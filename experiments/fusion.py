@@ -40,9 +40,21 @@ VARIANTS = {
     "early_cross": {"fusion": "cross", "image_blocks": 0, "caption_blocks": 0},
     "intermediate_cross": {"fusion": "cross"},
 }
+# at the paper's size, for `cost`
+SWEEP = {
+    "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
+    "intermediate": {"fusion": "concat", "image_blocks": 5, "caption_blocks": 1},
+    "v3 c3": {"fusion": "concat", "image_blocks": 3, "caption_blocks": 3},         # as released
+    "v4 c1": {"fusion": "concat", "image_blocks": 4, "caption_blocks": 1},
+    "v6 c2": {"fusion": "concat", "image_blocks": 6, "caption_blocks": 2},
+    "cross, early": {"fusion": "cross", "image_blocks": 0, "caption_blocks": 0},
+    "cross, v3 c3": {"fusion": "cross", "image_blocks": 3, "caption_blocks": 3},
+    "cross, v3 c1": {"fusion": "cross", "image_blocks": 3, "caption_blocks": 1},
+}
 
 
 # ------------------------------------------------------------------------------------------ compare
+# as in the paper: DPM-Solver++, guided at all noise levels
 SAMPLING = {"sampler": "dpm", "guidance_interval": (0.0, 1.0)}
 CURVE_SCENES = slice(2048, 2560)       # of the validation split; the table has the first 2048
 TARGET = 60                            # % right, for the time to equal accuracy
@@ -64,7 +76,7 @@ def compare(args, device, precision):
     base = common.make_config(Config, PRESETS, args)
     data = toy.prepare(base.data, base.clip, base.size)
     folder = Path(args.out or "runs/compare")
-    # weights for the curves, from half-way on
+    # the steps whose weights are kept for the curves: from half-way on
     eighths = tuple(base.steps * i // 8 for i in (4, 5, 6, 7, 8))
     base = dataclasses.replace(base, snapshot_at=eighths)
     variants = {name: dataclasses.replace(base, **VARIANTS[name]) for name in args.variants}
@@ -76,10 +88,6 @@ def compare(args, device, precision):
             cfg = dataclasses.replace(cfg, seed=seed)
             run = folder / f"{name}-{seed}"
             results[name].append(train_variant(cfg, data, run, args, device, precision))
-    for name, runs in results.items():
-        for seed, figures in enumerate(runs):
-            run = folder / f"{name}-{seed}"
-            figures["curve"] = accuracy_curve(run, eighths, data, device, precision)
     costs = step_costs(variants, base.batch_size, device, precision)
     figures = accuracy_table(results, costs, base.steps)
     figures |= time_table(results, costs)
@@ -90,31 +98,27 @@ def compare(args, device, precision):
     curves = {name: mean_curve(runs) for name, runs in results.items()}
     common.plot(curves, folder / "curves.png", "step", "held-out captions right, %")
     print(f"accuracy against steps, as a picture: {folder / 'curves.png'}")
-    draw_variants(folder, results, data, device, precision)
+    draw_variants(folder, list(variants), data, device, precision)
 
 
 def train_variant(cfg, data, folder, args, device, precision):
-    """Trains and grades one variant, or reads the figures of one that is finished."""
-    finished = folder / "compared.json"          # eval.py may write other figures to results.json
-    if finished.exists() and not args.overwrite:
-        return common.read_json(finished)
+    """Trains and grades one variant; of one that is finished, reads the figures."""
     print(f"\ninto {folder}/")
-    resume = not args.overwrite and (folder / "state.pt").exists()
-    run_args = argparse.Namespace(resume=resume, overwrite=True, workers=None, compile=None,
-                                  validation_samples=0)
-    (folder / "curve.json").unlink(missing_ok=True)
-    pipeline = uvit_fusion.train(cfg, data, folder, run_args, device, precision)
+    # goes on if it was stopped, does nothing if it is finished, refuses other settings
+    args.resume = (folder / "state.pt").exists()
+    pipeline = uvit_fusion.train(cfg, data, folder, args, device, precision)
+    graded = folder / "graded.json"              # eval.py may write other figures to results.json
+    if graded.exists():
+        return common.read_json(graded)
     figures, table = judge.accuracy(pipeline, data, args.samples, **SAMPLING)
     judge.print_accuracy(figures, table, str(folder))
-    common.write_json(finished, figures)
+    figures["curve"] = accuracy_curve(folder, cfg.snapshot_at, data, device, precision)
+    common.write_json(graded, figures)
     return figures
 
 
 def accuracy_curve(folder, steps, data, device, precision):
     """[step, % right] of the weights that a training kept at `steps`; from 0 % at step 0."""
-    finished = folder / "curve.json"
-    if finished.exists():
-        return common.read_json(finished)["curve"]
     scenes, captions, unseen = (part[CURVE_SCENES] for part in judge.validation_scenes(
         data, CURVE_SCENES.stop))
     curve = [[0, 0.0]]
@@ -124,7 +128,6 @@ def accuracy_curve(folder, steps, data, device, precision):
         images = pipeline.generate(captions, progress=True, **SAMPLING)
         right = judge.grade_images(images, scenes, unseen)["all"]
         curve.append([step, 100 * float(right.mean())])
-    common.write_json(finished, {"curve": curve})
     return curve
 
 
@@ -178,34 +181,33 @@ def paired_differences(results):
 
     Runs of one seed have the same data and noise. "difference" alone is that to early fusion.
     """
-    intermediate = [run["all"] for run in results.get("intermediate", [])]
+    intermediate = results.get("intermediate", [])
     figures = {}
     rows = [["intermediate minus", "points", "+-", "seeds"]]
     for name, runs in results.items():
-        other = [run["all"] for run in runs][:len(intermediate)]
-        if name == "intermediate" or not other:
+        differences = [ours["all"] - run["all"] for ours, run in zip(intermediate, runs)]
+        if name == "intermediate" or not differences:
             continue
-        difference = np.subtract(intermediate[:len(other)], other)
         label = "difference" if name == "early" else f"difference_{name}"
-        figures[label] = float(difference.mean())
-        figures[f"{label}_ci"] = seed_interval(difference)
-        rows.append([name, f"{figures[label]:+.1f}", figures[f"{label}_ci"], len(other)])
+        figures[label] = float(np.mean(differences))
+        figures[f"{label}_ci"] = seed_interval(differences)
+        rows.append([name, f"{figures[label]:+.1f}", figures[f"{label}_ci"], len(differences)])
         if name == "early":
-            figures["seeds"] = len(other)
+            figures["seeds"] = len(differences)
     common.print_table(rows, "paired by seed")
     return figures
 
 
-def draw_variants(folder, variants, data, device, precision):
-    """A grid: the same captions and noise, a row a variant."""
+def draw_variants(folder, names, data, device, precision):
+    """A grid of the variants of seed 0: the same captions and noise, a row a variant."""
     _, captions, _ = judge.validation_scenes(data, 8)
     images = []
-    for name in variants:
+    for name in names:
         pipeline = uvit_fusion.load_pipeline(folder / f"{name}-0", device, precision)
         images.extend(pipeline.generate(captions))
-    texts = [""] * 8 * (len(variants) - 1) + captions                     # below the last row
+    texts = [""] * 8 * (len(names) - 1) + captions                        # below the last row
     path = folder / "samples" / "variants.png"
-    common.image_grid(images, texts, path, columns=8, titles=list(variants))
+    common.image_grid(images, texts, path, columns=8, titles=names)
     print(f"the same captions and noise, a row a variant: {path}")
 
 
@@ -230,8 +232,16 @@ def forward_flops(cfg):
     return counter.get_total_flops()
 
 
-class StepTimer:
-    """Times training steps (forward, backward, optimizers; no text encoder) of one variant."""
+def milliseconds(call, device):
+    """How long call() takes, with the work that it gives a GPU."""
+    begin = time.perf_counter()
+    call()
+    common.synchronize(device)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+class TrainingStep:
+    """A step of training (forward, backward, optimizers; no text encoder) of one variant."""
     def __init__(self, cfg, batch_size, device, precision, compiled):
         torch.manual_seed(0)
         self.model = UViT(cfg).to(device)
@@ -243,10 +253,8 @@ class StepTimer:
         self.diffusion = Diffusion(cfg.schedule, cfg.target)
         self.device = device
         self.precision = precision
-        self.seconds = []
 
-    def step(self):
-        begin = time.perf_counter()
+    def __call__(self):
         x = self.inputs[0]
         with common.autocast(self.device, self.precision):
             loss = F.mse_loss(self.network(*self.inputs).float(), x)
@@ -254,19 +262,14 @@ class StepTimer:
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        common.synchronize(self.device)
-        self.seconds.append(time.perf_counter() - begin)
 
     @torch.no_grad()
-    def sample_seconds(self, steps=20):
-        """Seconds for one image, in guided steps."""
+    def sample(self, steps=20):
+        """Generates an eighth of a batch, in guided steps."""
         x, _, text, mask = self.few_inputs
-        begin = time.perf_counter()
         with common.autocast(self.device, self.precision):
             denoiser = uvit_fusion.cfg_denoiser(self.model, text, mask, text[:1], mask[:1], 3.0)
             self.diffusion.sample(denoiser, x, steps)
-        common.synchronize(self.device)
-        return (time.perf_counter() - begin) / len(x)
 
 
 def step_costs(variants, batch_size, device, precision, compiled=False, rounds=10):
@@ -274,32 +277,21 @@ def step_costs(variants, batch_size, device, precision, compiled=False, rounds=1
 
     They take turns and the median counts, so that other work on the machine hits all alike.
     """
-    timers = {name: StepTimer(cfg, batch_size, device, precision, compiled)
-              for name, cfg in variants.items()}
+    steps = {name: TrainingStep(cfg, batch_size, device, precision, compiled)
+             for name, cfg in variants.items()}
+    ms = {name: [] for name in variants}
     for _ in range(2 + rounds):                                           # two to warm up
-        for timer in timers.values():
-            timer.step()
+        for name, step in steps.items():
+            ms[name].append(milliseconds(step, device))
     costs = {}
-    for name, timer in timers.items():
+    for name, step in steps.items():
         costs[name] = {
-            "parameters": sum(p.numel() for p in timer.model.parameters()),
+            "parameters": sum(p.numel() for p in step.model.parameters()),
             "gflops": forward_flops(variants[name]) / 1e9,
-            "ms": 1e3 * float(np.median(timer.seconds[2:])),              # without the warm-up
-            "sample_ms": 1e3 * timer.sample_seconds(),
+            "ms": float(np.median(ms[name][2:])),                         # without the warm-up
+            "sample_ms": milliseconds(step.sample, device) / len(step.few_inputs[0]),
         }
     return costs
-
-
-SWEEP = {                                                                 # at the paper's size
-    "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
-    "intermediate": {"fusion": "concat", "image_blocks": 5, "caption_blocks": 1},
-    "v3 c3": {"fusion": "concat", "image_blocks": 3, "caption_blocks": 3},         # as released
-    "v4 c1": {"fusion": "concat", "image_blocks": 4, "caption_blocks": 1},
-    "v6 c2": {"fusion": "concat", "image_blocks": 6, "caption_blocks": 2},
-    "cross, early": {"fusion": "cross", "image_blocks": 0, "caption_blocks": 0},
-    "cross, v3 c3": {"fusion": "cross", "image_blocks": 3, "caption_blocks": 3},
-    "cross, v3 c1": {"fusion": "cross", "image_blocks": 3, "caption_blocks": 1},
-}
 
 
 def cost(args, device, precision):
@@ -308,35 +300,29 @@ def cost(args, device, precision):
     Figures of a GPU have "gpu" before the unit that their name ends with.
     """
     on_gpu = device.type == "cuda"
-    small = {name: VARIANTS[name] for name in ("early", "intermediate")}
-    small_figures = cost_table("toy", small, Config().batch_size, 40, args, device, precision)
+    folder = Path(args.out or "runs/cost")
+    two = {name: VARIANTS[name] for name in ("early", "intermediate")}
+    small = cost_table("toy", two, Config().batch_size, 40, args, device, precision)
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     figures = cost_table("coco", SWEEP, batch_size, 8, args, device, precision)
     figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
-    figures |= {f"toy_{name}": value for name, value in small_figures.items()}
-    folder = Path(args.out or "runs/cost")
+    figures |= {f"toy_{name}": value for name, value in small.items()}
     figures |= single_changes(device, precision)
     figures["toy_step_ms"] = training_step_ms(folder / "training", args, device, precision)
     if on_gpu:
         figures["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
+        # "toy_step_ms" becomes "toy_step_gpu_ms"
         figures = {"_gpu_".join(name.rsplit("_", 1)): value for name, value in figures.items()}
     common.write_results(folder, figures)
 
 
-def median_ms(call, device, rounds=20):
-    """Median ms of call(), without the first two."""
-    seconds = []
-    for _ in range(2 + rounds):
-        begin = time.perf_counter()
-        call()
-        common.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return 1e3 * float(np.median(seconds[2:]))
-
-
 def single_changes(device, precision):
-    """What makes a step of the toy training fast, each measured without and with it, in ms."""
+    """What makes a step of the toy training fast, each measured without and with it, in ms.
+
+    muon: matrices of a shape in one product; text: features of captions are kept; attention: the
+    faster kernel, forward and backward.
+    """
     cfg = Config()
     torch.manual_seed(0)
     model = UViT(cfg).to(device)
@@ -348,21 +334,22 @@ def single_changes(device, precision):
     text_encoder = encoders.TextEncoder(cfg.clip, device, memory=2**29)
     q = torch.randn(cfg.batch_size, cfg.heads, 57, cfg.dim // cfg.heads, device=device,
                     dtype=precision, requires_grad=True)
-    pairs = {
-        "muon": ("Muon: matrices of a shape in one product",
-                 torch.optim.Muon(matrices).step, common.Muon(matrices).step),
-        "text": ("features of captions are kept",
-                 lambda: text_encoder.encode(captions), lambda: text_encoder(captions)),
-        "attention": ("attention by the faster kernel, forward and backward",
-                      lambda: F.scaled_dot_product_attention(q, q, q).sum().backward(),
-                      lambda: uvit_fusion.attention(q, q, q).sum().backward()),
+    calls = {
+        "muon_without_ms": torch.optim.Muon(matrices).step,
+        "muon_ms": common.Muon(matrices).step,
+        "text_without_ms": lambda: text_encoder.encode(captions),
+        "text_ms": lambda: text_encoder(captions),
+        "attention_without_ms":
+            lambda: F.scaled_dot_product_attention(q, q, q).sum().backward(),
+        "attention_ms": lambda: uvit_fusion.attention(q, q, q).sum().backward(),
     }
-    rows = [["ms", "without", "with"]]
     figures = {}
-    for name, (title, without, change) in pairs.items():
-        figures[f"{name}_without_ms"] = median_ms(without, device)
-        figures[f"{name}_ms"] = median_ms(change, device)
-        rows.append([title, figures[f"{name}_without_ms"], figures[f"{name}_ms"]])
+    for name, call in calls.items():
+        ms = [milliseconds(call, device) for _ in range(22)]
+        figures[name] = float(np.median(ms[2:]))                          # without the warm-up
+    rows = [["ms", "without", "with"]]
+    for name in ("muon", "text", "attention"):
+        rows.append([name, figures[f"{name}_without_ms"], figures[f"{name}_ms"]])
     common.print_table(rows, f"one change at a time, {common.machine()}")
     return figures
 
@@ -371,9 +358,7 @@ def training_step_ms(folder, args, device, precision, steps=200):
     """ms a step of `uvit_fusion.train` on the toy world: images, text and averages included."""
     cfg = Config(steps=steps, snapshot_at=())
     data = toy.prepare(cfg.data, cfg.clip)
-    run_args = argparse.Namespace(resume=False, overwrite=True, workers=None,
-                                  compile=args.compile, validation_samples=0)
-    uvit_fusion.train(cfg, data, folder, run_args, device, precision)      # which prints it too
+    uvit_fusion.train(cfg, data, folder, args, device, precision)          # which prints it too
     return common.read_json(folder / "results.json")["step_ms"]
 
 
@@ -455,10 +440,12 @@ def ranks_and_shares(pipeline, images, captions):
     for t in (100, 300, 500, 700, 900):
         maps, mask = text_attention(pipeline, images, captions, t)
         lengths = mask.sum(1).tolist()                                    # without padding
-        ranks.append([])
+        block_ranks = []
         for block in maps:
-            ranks[-1].append([effective_rank(block[i, :, :, :length]).mean().item()
-                              for i, length in enumerate(lengths)])
+            image_ranks = [effective_rank(heads[:, :, :length]).mean().item()
+                           for heads, length in zip(block, lengths)]
+            block_ranks.append(image_ranks)
+        ranks.append(block_ranks)
         shares.append([block.sum(-1).mean().item() for block in maps])
     return np.mean(ranks, axis=0), np.mean(shares, axis=0)
 
@@ -536,11 +523,12 @@ def main():
     parser.add_argument("--seeds", type=common.positive, default=3,
                         help="compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--out", help="compare, cost: folder (default runs/compare, runs/cost)")
-    parser.add_argument("--overwrite", action="store_true", help="compare: train all anew")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="cost: torch.compile (default: on a GPU)")
+                        help="compare, cost: torch.compile (default: on a GPU)")
     common.add_device_flags(parser)
     common.add_config_flags(parser, Config, PRESETS)
+    # for `uvit_fusion.train`
+    parser.set_defaults(resume=False, overwrite=True, workers=None, validation_samples=0)
     args = parser.parse_args()
     device = common.pick_device(args.device)
     EXPERIMENTS[args.experiment](args, device, common.pick_precision(args.precision, device))

@@ -92,6 +92,8 @@ def emoji(args, device, precision):
 # -------------------------------------------------------------------------------------- photographs
 def photographs(args, device, precision):
     """Counts images of a mean brightness below 32 of 255, among those of 24 captions."""
+    if getattr(args, "data", "shapes") == "shapes":
+        raise UserError("name a folder of photographs: --data path/to/coco")
     args.steps = getattr(args, "steps", 150)
     pipeline, folder = train(args, "runs/photographs", device, precision)
     dataset = image_data.CaptionedImages(pipeline.cfg.data, "val", pipeline.image_size)
@@ -102,7 +104,7 @@ def photographs(args, device, precision):
         brightness = pipeline.generate(captions, sampler=sampler).mean((1, 2, 3))
         black = int((brightness < 32).sum())
         rows.append([sampler, black, float(brightness.mean())])
-        figures |= {f"black_pictures_{sampler}": black}
+        figures[f"black_pictures_{sampler}"] = black
     figures["black_pictures"] = figures[f"black_pictures_{pipeline.cfg.sampler}"]
     common.print_table(rows, f"{len(captions)} captions after {pipeline.cfg.steps} steps")
     common.write_results(folder, figures)
@@ -126,28 +128,21 @@ def train(args, folder, device, precision):
     folder = Path(args.out or folder)
     if cfg.clip == "words":
         cfg.clip = toy.models.train_words(data, cfg.size, folder, args.resume)
-    run_args = argparse.Namespace(
-        resume=args.resume, overwrite=args.overwrite, workers=None, compile=None,
-        validation_samples=0)
-    return uvit_fusion.train(cfg, data, folder, run_args, device, precision), folder
+    return uvit_fusion.train(cfg, data, folder, args, device, precision), folder
+
+
+EXPERIMENTS = {"emoji": emoji, "photographs": photographs, "words": words}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=["emoji", "photographs", "words"])
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="what to do")
     common.add_training_flags(parser, "run folder (default runs/<experiment>)")
     common.add_config_flags(parser, Config, PRESETS)
+    parser.set_defaults(workers=None, compile=None, validation_samples=0)        # for `train`
     args = parser.parse_args()
     device = common.pick_device(args.device)
-    precision = common.pick_precision(args.precision, device)
-    if args.experiment == "emoji":
-        emoji(args, device, precision)
-    elif args.experiment == "words":
-        words(args, device, precision)
-    elif getattr(args, "data", "shapes") == "shapes":
-        raise UserError("name a folder of photographs: --data path/to/coco")
-    else:
-        photographs(args, device, precision)
+    EXPERIMENTS[args.experiment](args, device, common.pick_precision(args.precision, device))
 
 
 if __name__ == "__main__":

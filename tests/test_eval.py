@@ -26,11 +26,6 @@ def rng():
     return np.random.default_rng(0)
 
 
-def gaussian(rng, dim, rank):
-    a = rng.normal(size=(dim, rank))
-    return rng.normal(size=dim), a @ a.T / rank
-
-
 def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -165,27 +160,29 @@ def test_fid_of_two_normal_distributions_is_the_closed_form(rng):
     a = rng.uniform(0.1, 3, 12)
     b = rng.uniform(0.1, 3, 12)
     shift = rng.normal(size=12)
-    # of the features only mean and covariance count: these have exactly 0 and diag(a^2)
-    x = np.concatenate([np.eye(12), -np.eye(12)]) * a * (23 / 2)**0.5
+    # of the features only mean and covariance count: these have exactly 0 and diag(a^2), and
+    # shift and diag(b^2)
+    corners = np.concatenate([np.eye(12), -np.eye(12)]) * (23 / 2)**0.5
+    x = corners * a
+    y = corners * b + shift
     expected = (shift**2).sum() + ((a - b)**2).sum()
-    assert grading.fid(x, shift, np.diag(b**2)) == pytest.approx(expected)
+    assert grading.fid(x, y) == pytest.approx(expected)
     turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]            # the same in other axes
-    turned = grading.fid(x @ turn.T, turn @ shift, turn * b**2 @ turn.T)
-    assert turned == pytest.approx(expected)
+    assert grading.fid(x @ turn.T, y @ turn.T) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [9, 200])                      # 9: a singular covariance
 def test_fid_is_that_of_scipys_matrix_root(rng, count):
     linalg = pytest.importorskip("scipy.linalg")
     x = rng.normal(size=(count, 20)) @ rng.normal(size=(20, 20)) + 10
-    mu, sigma = gaussian(rng, 20, rank=40)
-    covariance = np.cov(x, rowvar=False)
-    root = linalg.sqrtm(covariance @ sigma).real
-    expected = ((x.mean(0) - mu)**2).sum() + np.trace(covariance + sigma - 2 * root)
-    assert grading.fid(x, mu, sigma) == pytest.approx(expected, rel=1e-4)
+    y = rng.normal(size=(41, 20)) @ rng.normal(size=(20, 20))
+    s_x, s_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = linalg.sqrtm(s_x @ s_y).real
+    expected = ((x.mean(0) - y.mean(0))**2).sum() + np.trace(s_x + s_y - 2 * root)
+    assert grading.fid(x, y) == pytest.approx(expected, rel=1e-4)
     # float32 features, as networks give them, of a set against itself
-    statistics = common.feature_statistics(torch.tensor(x, dtype=torch.float32))
-    assert grading.fid(torch.tensor(x, dtype=torch.float32), *statistics) < 1e-4
+    features = torch.tensor(x, dtype=torch.float32)
+    assert grading.fid(features, features) < 1e-4
 
 
 # -------------------------------------------------------------------------------------------- CMMD
@@ -295,23 +292,18 @@ class StandInPipeline:
         return np.concatenate([noisy_images(np.random.default_rng(seed), 1) for seed in seeds])
 
 
-def measure(pipeline, data, clip, folder, samples=150, inception=None, reference=None):
-    dataset = image_data.CaptionedImages(data, "val", 32)
-    return grading.quality(pipeline, dataset, samples, encoders.ClipScorer(clip),
-                           inception, reference, {"steps": 7}, folder)
-
-
 def test_generated_images_are_measured_against_their_captions_and_the_real_images(
-        large_clip, coco, tmp_path, inception):
+        large_clip, coco, inception):
     pipeline = StandInPipeline()
     network = grading.Inception(inception)
-    figures = measure(pipeline, coco, large_clip, tmp_path, inception=network)
-    items = image_data.CaptionedImages(coco, "val", 32).items
+    clip = encoders.ClipScorer(large_clip)
+    dataset = image_data.CaptionedImages(coco, "val", 32)
+    figures = grading.quality(pipeline, dataset, 150, clip, network, {"steps": 7})
+    items = dataset.items
     captions = [random.Random(i).choice(items[i % 4][1]) for i in range(150)]
     assert pipeline.prompts == captions                          # four images: they come again
     generated = pipeline.generate(captions, batch_size=150, steps=7)
     real = np.stack([image_data.load_image(path, 32) for path, _, _ in items])
-    clip = encoders.ClipScorer(large_clip)
     x = clip.images(generated)
     scores = clip.score(x, captions).numpy()
     assert set(figures) == {"clip_score", "clip_score_ci", "clip_score_real", "cmmd", "fid",
@@ -325,22 +317,6 @@ def test_generated_images_are_measured_against_their_captions_and_the_real_image
     quarters = [common.feature_statistics(network(images)) for images in (generated, real)]
     expected = common.frechet_distance(*quarters[0], *quarters[1])
     assert expected > 1 and figures["fid"] == pytest.approx(expected, rel=1e-3)
-
-
-def test_the_reference_may_be_a_folder_of_images_or_statistics(
-        large_clip, coco, tmp_path, inception):
-    network = grading.Inception(inception)
-    flags = dict(samples=20, inception=network)
-    figures = measure(StandInPipeline(), coco, large_clip, tmp_path, **flags)
-    folder = measure(StandInPipeline(), coco, large_clip, tmp_path, **flags,
-                     reference=coco / "val2017")                 # no captions there
-    assert "clip_score_real" not in folder
-    assert folder["cmmd"] == pytest.approx(figures["cmmd"])
-    assert folder["fid"] == pytest.approx(figures["fid"])
-    statistics = measure(StandInPipeline(), coco, large_clip, tmp_path, **flags,
-                         reference=tmp_path / "reference.npz")   # kept by those before
-    assert statistics["fid"] == pytest.approx(figures["fid"])
-    assert "cmmd" not in statistics and "clip_score_real" not in statistics
 
 
 def test_inception_says_which_file_it_runs_and_need_not_have_flags(inception, tmp_path, capsys):
@@ -368,14 +344,13 @@ def test_toy_figures_never_bear_the_names_of_real_ones(toy_run, inception):
         "tiny_clip_score", "tiny_clip_score_ci", "tiny_clip_score_real", "tiny_clip_distance",
         "toy_inception_distance", "quality_samples"}
     assert found["quality_samples"] == 64                        # all held-out captions
-    table = out[out.index("generated"):]
-    assert "tiny-CLIP score" in table and "FID" not in table and "CMMD" not in table
-    assert (toy_run / "out" / "reference.npz").exists()
+    table = out[out.index("figure"):]
+    assert "tiny_clip_score_real" in table and "fid" not in table and "cmmd" not in table
 
 
 def test_a_snapshot_has_a_folder_of_its_own():
     def folder(run, weights=None):
-        return str(grading.output_folder(SimpleNamespace(run=run, weights=weights)))
+        return str(grading.sample.output_folder(SimpleNamespace(run=run, weights=weights)))
     assert folder("runs/a") == "runs/a"
     assert folder("runs/a/step2000.safetensors") == "runs/a/step2000"
     assert folder("runs/a", "downloads/small.pth") == "runs/small"
@@ -386,31 +361,16 @@ def test_a_snapshot_has_a_folder_of_its_own():
     ("--inception", "text.pt", "no TorchScript"),
     ("--inception", "pickle.pt", "no TorchScript"),
     ("--inception", "other.pt", "features (B, D)"),
-    ("--reference", "missing.npz", "no .npz"),
-    ("--reference", "text.npz", "no .npz"),
-    ("--reference", "code.npz", "no .npz"),
-    ("--reference", "names.npz", "no .npz of mu and sigma"),
-    ("--reference", "small.npz", "mu (5,) and sigma (5, 5)"),
-    ("--reference", "nowhere", "neither a folder of images"),
     ("--clip-model", "nowhere", "cannot be loaded as a CLIP"),
     ("--samples", 1, "too few"),
 ])
 def test_a_slip_is_one_line_before_anything_is_generated(
         toy_run, inception, tmp_path, monkeypatch, flag, value, word):
-    for name in ("text.pt", "text.npz"):
-        (tmp_path / name).write_text("no such thing\n" * 50)
+    (tmp_path / "text.pt").write_text("no such thing\n" * 50)
     torch.save({"weights": torch.ones(3)}, tmp_path / "pickle.pt")
     torch.jit.script(torch.nn.Linear(3, 2)).save(tmp_path / "other.pt")
-    np.savez(tmp_path / "code.npz", mu=np.array([object()]), sigma=np.eye(12))    # is a pickle
-    np.savez(tmp_path / "names.npz", mean=np.zeros(12))
-    np.savez(tmp_path / "small.npz", mu=np.zeros(5), sigma=np.eye(5))
     monkeypatch.setattr(grading, "generated_images", None)
     given = {"--inception": inception, "--out": tmp_path / "out"}
     given[flag] = tmp_path / value if "." in str(value) else value
     flags = [part for pair in given.items() for part in pair]
     refused(run("eval.py", "--quality", *flags, *DEVICE, cwd=toy_run), word)
-
-
-def test_statistics_without_inception_are_refused(toy_run):
-    flags = ["--quality", "--reference", "some.npz", *DEVICE]
-    refused(run("eval.py", *flags, cwd=toy_run), "add --inception FILE")

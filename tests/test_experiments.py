@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, run, tiny_pipeline
+from conftest import TINY, refused, run, tiny_pipeline
 
 import common
 from experiments import fusion
@@ -86,14 +86,10 @@ def test_comparisons_are_by_seed_and_hold_no_figure_that_is_not_known(tmp_path, 
         assert cfg == Config(**fusion.VARIANTS[name], seed=int(seed), steps=80,
                              snapshot_at=(40, 50, 60, 70, 80))
         fields = dict.fromkeys(("all_unseen", "count", "relation"), 0)
-        return fields | {"all": right[name][int(seed)]}
-
-    def curve(folder, *rest):
-        name, seed = folder.name.split("-")
-        return [[0, 0], [40, 50], [80, last[name][int(seed)]]]
+        curve = [[0, 0], [40, 50], [80, last[name][int(seed)]]]
+        return fields | {"all": right[name][int(seed)], "curve": curve}
     monkeypatch.setattr(fusion, "TARGET", 70)
     monkeypatch.setattr(fusion, "train_variant", trained)
-    monkeypatch.setattr(fusion, "accuracy_curve", curve)
     monkeypatch.setattr(fusion, "step_costs", lambda variants, *rest: {
         name: dict(parameters=7, gflops=1.0, ms=500.0) for name in variants})
     monkeypatch.setattr(fusion, "draw_variants", lambda *args: None)
@@ -141,7 +137,7 @@ def test_a_finished_variant_is_kept_with_its_curve(tmp_path, toy_data, clip_fold
     status, _, errors = run(*command, "early", cwd=tmp_path)
     assert status == 0, errors
     folder = tmp_path / "runs" / "compare"
-    curve = common.read_json(folder / "early-0" / "curve.json")["curve"]
+    curve = common.read_json(folder / "early-0" / "graded.json")["curve"]
     assert [step for step, _ in curve] == [0, 4, 5, 6, 7, 8]
     assert loaded[:5] == [f"step{step}.safetensors" for step in (4, 5, 6, 7, 8)]
     scenes, _, _ = fusion.judge.validation_scenes(toy_data, 64)
@@ -151,8 +147,9 @@ def test_a_finished_variant_is_kept_with_its_curve(tmp_path, toy_data, clip_fold
     status, _, errors = run(*command, "early", "v2c0", cwd=tmp_path)
     assert status == 0, errors
     assert weights.stat().st_mtime_ns == before and len(graded) == 12
-    assert (folder / "v2c0-0" / "compared.json").exists()
+    assert (folder / "v2c0-0" / "graded.json").exists()
     assert (folder / "samples" / "variants.png").exists()
+    refused(run(*command, "early", "--lr", 0.5, cwd=tmp_path), "was begun with lr = 0.001")
 
 
 def test_costs_are_of_equal_steps(clip_folder):

@@ -23,14 +23,14 @@ TIMESTEPS = range(100, 1001, 100)
 def captions_by_field(scenes, seed=0):
     """{"right": N captions, and for each of FIELDS N that are wrong in it alone}.
 
-    scenes: of two groups, so that each of FIELDS can be changed.
+    scenes: N of two groups: of one group there is no relation to change.
     """
     captions = {name: [] for name in ("right", *FIELDS)}
     for i, scene in enumerate(scenes):
         rng = random.Random(f"{seed} {i}")
         changed = [change_field(scene, field, rng) for field in FIELDS]
-        for own, caption in zip(captions.values(), tell_alike([scene, *changed], rng)):
-            own.append(caption)
+        for name, caption in zip(captions, tell_alike([scene, *changed], rng)):
+            captions[name].append(caption)
     return captions
 
 
@@ -61,16 +61,18 @@ def losses(pipeline, x_0, y, mask, t, eps, batch_size=256):
 
 
 def measure(pipeline, data, samples, seed=0):
-    """{"right" or a field: losses (T, N)} at TIMESTEPS, of validation images of two groups.
+    """{"right" or a field: losses (T, N)} at TIMESTEPS, of N validation images with that caption.
 
-    They are those among the first `samples`. seed: of the noise, which all captions share.
+    Of the first `samples` images, the N that show two groups. seed: of the noise, which all
+    captions share.
     """
     scenes, _, _ = judge.validation_scenes(data, samples)
     chosen = [i for i, scene in enumerate(scenes) if scene.relation]
     if not chosen:
-        raise UserError(f"--samples {samples}: none of these scenes has a relation, take more")
+        raise UserError(f"--samples {samples}: none of these scenes has two groups: take more "
+                        "(the world `simple` has none)")
     captions = captions_by_field([scenes[i] for i in chosen])
-    tokens = {name: encode_text(pipeline, own) for name, own in captions.items()}
+    tokens = {name: encode_text(pipeline, texts) for name, texts in captions.items()}
     dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     x_0 = pipeline.encode(torch.stack([dataset.image(i) for i in chosen]), sample=False)
     generator = torch.Generator().manual_seed(seed)
