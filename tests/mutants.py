@@ -775,8 +775,6 @@ MUTANTS = {
         ("both parts count alike", "llm_adapter.stage1_loss", "len(part) / len(pairs) *", "0.5 *"),
         ("only the long texts count", "llm_adapter.stage1_loss",
          "loss = loss + len(part)", "loss = len(part)"),
-        ("stage 1 trains the U-ViT, too", "llm_adapter.train_stage",
-         '1: model["adapter"]', "1: model"),
         ("the next stage starts from the last weights", "llm_adapter.train_stage",
          "model.load_state_dict(ema.state_dict())", "model.load_state_dict(model.state_dict())"),
         ("stage 3 trains the adapter, too", "llm_adapter.train_stage",
