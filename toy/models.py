@@ -140,6 +140,7 @@ class Trainer:
 
 
 def scenes_of(dataset):
+    """The scene of each image of the toy world."""
     return [Scene.from_json(annotation["scene"]) for _, _, annotation in dataset.items]
 
 
