@@ -206,10 +206,10 @@ def grade_images(images, scenes, unseen):
 
 
 def accuracy(pipeline, data, samples=2048, first=0, **sampling):
-    """Generates images for held-out captions and grades them; sampling: for `pipeline.generate`.
+    """Generates images for held-out captions and grades them.
 
-    samples, first: how many validation scenes, from which one on.
-
+    samples, first: how many validation scenes, from which one on; sampling: for
+    `pipeline.generate`.
     Returns (figures, table): figures has each of ROWS in %, "all_ci" (the 95 % interval of "all")
     and the number of "samples"; table is that of `grade_images`.
     """

@@ -122,7 +122,7 @@ CHINESE = {
 }
 
 
-# Each of these phrases a group. dative: a case that only German has.
+# Each of the following puts a group into words. dative: a case that only German has.
 def romance(words, group, rng, dative):
     """'dos figuras circulares rojas': numeral and adjective agree with the noun."""
     gender, one, many = fill(words[group.shape], rng).split("/")
@@ -472,20 +472,19 @@ def tag_example(scene, rng):
 
 
 IN_PLAIN_WORDS = ". in plain words:"    # behind a narrative: what it means follows
-# of the kinds of lines that the tiny LLM reads, in %
-SHARES = {"caption": 17, "parallel": 22, "paragraph": 5, "narrative": 17, "facts": 4, "tag": 35}
+# the kinds of lines that the tiny LLM reads, in %
+SHARES = {
+    "caption": 17,       # in one of LANGUAGES, or (one in five) the keyword prompt
+    "parallel": 22,      # in two languages: 'german: drei grüne Kreise ... english: three ...'
+    "paragraph": 5,      # with the meaning: '... in plain words: three green ...'; mostly English
+    "narrative": 17,     # without held-out pairs, with the meaning
+    "facts": 4,          # three of them
+    "tag": 35,           # a caption, eight labels, and how well each fits
+}
 
 
 def corpus_line(scene, rng):
-    """A line of text for the tiny LLM, of one of these kinds:
-
-    caption: in one of LANGUAGES, or (one in five) the keyword prompt
-    parallel: in two languages, 'german: drei grüne Kreise ... english: three green circles ...'
-    paragraph: half of them in English, with the meaning, '... in plain words: three green ...'
-    narrative: without held-out pairs, with the meaning
-    facts: three of them
-    tag: a caption, eight labels, and how well each fits
-    """
+    """A line of text for the tiny LLM: of one kind of SHARES, most of them about the scene."""
     kind = rng.choices(tuple(SHARES), weights=tuple(SHARES.values()))[0]
     meaning = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
     if kind == "caption":

@@ -64,10 +64,11 @@ def is_trained(folder, name, original):
 
 
 def save(folder, *parts):
-    """Saves a model, its tokenizer, its image processor into a folder, whole or not at all."""
+    """Saves a model with its tokenizer or processors, whole or not at all; returns the folder."""
     with atomic_folder(folder) as unfinished:
         for part in parts:
             part.save_pretrained(unfinished)
+    return folder
 
 
 def train_tokenizer(texts, vocabulary=800, length=LENGTH, template="<|start|> $A <|end|>"):
@@ -155,6 +156,7 @@ class Trainer:
 
 
 def scenes_of(dataset):
+    """The scene of each image of the toy world."""
     return [Scene.from_json(annotation["scene"]) for _, _, annotation in dataset.items]
 
 
@@ -210,8 +212,7 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch_size=192, seed
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         trainer.update(loss)
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=SIZE)
-    save(folder, model, tokenizer, processor)
-    return folder
+    return save(folder, model, tokenizer, processor)
 
 
 @torch.no_grad()
@@ -296,8 +297,7 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1700, tokens=1536, seed=0):
 
     trainer = Trainer("tiny LLM", model, muon_and_adamw(model, model.model.layers), steps)
     predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng)
-    save(folder, model, tokenizer)
-    return folder
+    return save(folder, model, tokenizer)
 
 
 def predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng):
@@ -337,8 +337,7 @@ def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_
     trainer = Trainer("tiny instructed LLM", model, optimizers, steps)
     lines = endless_lines(scenes, rng, language.instructed_line)
     predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng)
-    save(folder, model, tokenizer)
-    return folder
+    return save(folder, model, tokenizer)
 
 
 # --------------------------------------------------------------------------------------- captioner
@@ -386,8 +385,7 @@ def captioner(data="data/shapes", folder=CAPTIONER_FOLDER, steps=1000, batch_siz
             loss = model(pixel_values=pixels, input_ids=tokens, labels=labels).loss
         trainer.update(loss)
     processor = transformers.BlipImageProcessorPil(size={"height": SIZE, "width": SIZE})
-    save(folder, model, transformers.BlipProcessor(processor, tokenizer))
-    return folder
+    return save(folder, model, transformers.BlipProcessor(processor, tokenizer))
 
 
 # --------------------------------------------------------------------------------------- segmenter
@@ -449,5 +447,4 @@ def segmenter(data="data/shapes", folder=SEGMENTER_FOLDER, steps=400, batch_size
     processor = transformers.SegformerImageProcessorPil(
         size={"height": SIZE, "width": SIZE},
         image_mean=MEAN.flatten().tolist(), image_std=STD.flatten().tolist())
-    save(folder, model, processor)
-    return folder
+    return save(folder, model, processor)

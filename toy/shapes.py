@@ -29,7 +29,7 @@ COLOURS = {
     "yellow": (238, 190, 30), "purple": (150, 60, 176),
 }
 SHAPES = ("circle", "square", "triangle")
-LABELS = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]     # as in COCO
+LABELS = [f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES)]   # COCO categories
 RELATIONS = ("above", "below", "left of", "right of")
 OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 FIELDS = ("count", "colour", "shape", "relation")    # what a scene says, and an image can get wrong
