@@ -125,7 +125,7 @@ def train(args, folder, device, precision):
     data = toy.prepare(cfg.data, cfg.clip, cfg.size)
     folder = Path(args.out or folder)
     if cfg.clip == "words":
-        cfg.clip = toy.models.train_words(data, cfg.size, folder, args.resume)
+        cfg.clip = toy.models.train_words(data, cfg.size, folder, keep=args.resume)
     run_args = argparse.Namespace(
         resume=args.resume, overwrite=args.overwrite, workers=None, compile=None,
         validation_samples=0)
