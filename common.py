@@ -93,8 +93,10 @@ def reading(name, hint):
     """
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):         # no fault of the file
+        raise
     except BaseException as error:
-        if isinstance(error, UserError) or not is_failure(error):
+        if not is_failure(error):
             raise
         raise UserError(f"{name}: {say_why(error)}: {hint}") from None
 
@@ -467,14 +469,16 @@ def build_config(config_class, values, source="--"):
 
 def make_config(config_class, presets, args):
     """The settings of args.preset, with the flags that were given on top."""
-    preset = args.preset or "toy"
-    if not args.preset and getattr(args, "data", "shapes") not in ("shapes", "simple"):
-        preset = "pictures" if "pictures" in presets else "toy"
-    elif not args.preset and getattr(args, "quick", False):
-        preset = "quick" if "quick" in presets else "toy"
+    preset = args.preset
+    if preset is None:
+        if getattr(args, "data", "shapes") not in ("shapes", "simple"):
+            preset = "pictures"
+        elif getattr(args, "quick", False):
+            preset = "quick"
     names = {field.name for field in dataclasses.fields(config_class)}
     given = {name: value for name, value in vars(args).items() if name in names}
-    return build_config(config_class, presets[preset] | given)
+    # without a preset the defaults hold, which are those of "toy"
+    return build_config(config_class, presets.get(preset, {}) | given)
 
 
 def relocate(path, folder):
@@ -814,11 +818,7 @@ def write_results(folder, figures):
                          text=True, cwd=Path(__file__).parent)
     results["commit"] = git.stdout.strip()              # empty where there is no git
     results["machine"] = machine()
-    script = Path(sys.argv[0])
-    program = script.name
-    if script.parent.name in ("experiments", "course"):
-        program = f"-m {script.parent.name}.{script.stem}".removesuffix(".__main__")
-    results["command"] = f"python {program} {shlex.join(sys.argv[1:])}".strip()
+    results["command"] = shlex.join(["python", *sys.orig_argv[1:]])
     write_json(path, results)
 
 

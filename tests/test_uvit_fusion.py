@@ -684,6 +684,11 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
     assert results["seconds_to_80"] == 95
     assert results["step_ms"] == pytest.approx(1e3 * 30 / 3)              # three steps a lap
     assert (tmp_path / "samples" / "step_6.png").exists()
+    measured.folder = tmp_path / "worse"
+    measured.curve.pop()
+    measured.curve.pop()                                  # 80 % were never right
+    measured.report_speed()
+    assert "seconds_to_80" not in common.read_json(tmp_path / "worse" / "results.json")
 
 
 def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
