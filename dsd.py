@@ -3,7 +3,7 @@
 The idea. A network that draws an image from a text has to know what the words look like. So show it
 an image with some noise and a text, and read the attention logits between patches and words: they
 are high where a patch shows what a word names. Pooled, they are the matching score. A few labelled
-examples sharpen it: they train LoRA on the attention, the weights of the attention heads, and a few
+examples sharpen it: they train LoRA on the blocks, the weights of the attention heads, and a few
 prompt embeddings beside the caption. The network stays frozen, and no classifier is put on top.
 
     x_t       = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps   the same few (t, eps) for all candidates
@@ -30,6 +30,7 @@ Differs from the paper [what its release does]; docs/dsd.md has the rest:
  4. Padding is masked [all 77 keys count]. Head weights also weigh b [weights are described only].
  5. Preset toy tunes and scores the attention alone [the hybrid, as preset paper does].
  6. Learned prompts stand before the caption tokens and are not pooled [described, not released].
+ 7. toy: LoRA is on the feed-forward layers, too: shapes need it [on the attention alone].
 """
 import argparse
 import copy
@@ -64,7 +65,8 @@ class Config:
     evaluations: int = 4            # values of t, evenly spaced: network evaluations a candidate
     prompts: int = 4                # learned prompt embeddings
     head_weights: bool = True       # learn two weights for each attention head
-    lora_rank: int = 4              # rank of the change of q, k, v and out (0: none)
+    lora_rank: int = 4              # rank of the change of each matrix (0: none)
+    lora_mlp: bool = True           # change the feed-forward layers, too, not q, k, v and out alone
     data: str = "shapes"            # "shapes" (the toy world), or a file of groups
     shots: float = 512              # labelled groups, the first of the file; below 1: a share
     steps: int = 400                # training steps
@@ -97,8 +99,8 @@ PRESETS = {
     # the release, for RefCOCOg
     "paper": dict(
         base="runs/coco256", score="hybrid", times=(10, 990), evaluations=10, prompts=0,
-        head_weights=False, data="refcocog_train.jsonl", shots=0.05, negatives=9, margin=0.1,
-        lr=1e-4, warmup=0, decay=0.0, betas=(0.9, 0.999)),
+        head_weights=False, lora_mlp=False, data="refcocog_train.jsonl", shots=0.05, negatives=9,
+        margin=0.1, lr=1e-4, warmup=0, decay=0.0, betas=(0.9, 0.999)),
 }
 # --quick: the same in small
 QUICK = dict(out="runs/quick_dsd", samples=64, steps=100, warmup=15)
@@ -140,7 +142,8 @@ class Matcher(nn.Module):
         self.blocks = [max(0, joint // 2 - 1), joint // 2, joint - 1]
         torch.manual_seed(cfg.seed)
         if cfg.lora_rank:
-            common.add_lora(self.uvit, cfg.lora_rank)
+            names = ("qkv", "proj", "fc1", "fc2") if cfg.lora_mlp else ("qkv", "proj")
+            common.add_lora(self.uvit, cfg.lora_rank, names)
         # 0.5: a tenth as large as the caption tokens of the toy world
         prompts = 0.5 * torch.randn(cfg.prompts, pipeline.cfg.dim)                    # (P, D)
         w = torch.zeros(2, len(self.blocks), pipeline.cfg.heads)                   # (2, blocks, H)

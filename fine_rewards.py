@@ -33,7 +33,8 @@ Differs from the paper [what its release does]; docs/fine_rewards.md has the res
  3. A label's score is an expectation, in a fresh context [digits from one long conversation].
  4. A segmenter finds the parts, or with --sam SAM does: segmenter.py [tags of a tagger, no SAM].
  5. toy: three rewards vote, with weights 1, 0.5, 1, and the best 80 % of the selected images are
-    learned from [caption and SAM reward beside a CLIP tuned to human taste; all images].
+    learned from, and as many real ones, which keeps variety [caption and SAM reward beside a CLIP
+    tuned to human taste; all of the selected images, and no others].
  6. Two additions, if asked for: --sam-score two-sided sees what is missing, too; --learn dpo.
 """
 import argparse
@@ -90,7 +91,7 @@ class Config:
     # tune
     learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
     beta: float = 500.0  # of dpo: beta T, how far the model may go from the start of the round
-    real: float = 0.0  # of sft: real images a chosen one, learned from beside them to keep variety
+    real: float = 1.0  # of sft: real images a chosen one, learned from beside them to keep variety
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
     batch_size: int = 64  # images a step
@@ -132,8 +133,8 @@ PRESETS = {
             "How likely is it that a {label} appears in the scene that is described? "
             "Answer 3 if it is certain, 2 if it is possible, 1 if it is unlikely.\nAnswer:"),
         clip_model="openai/clip-vit-large-patch14",
-        weights=(1.0, 1.0, 0.0, 0.0), score_batch=16, keep=1.0, prompts=5000, sample_steps=50,
-        candidate_guidance=2.0, guidance=2.0,
+        weights=(1.0, 1.0, 0.0, 0.0), score_batch=16, keep=1.0, real=0.0, prompts=5000,
+        sample_steps=50, candidate_guidance=2.0, guidance=2.0,
         steps=6250,  # ten passes of batch 8 over the images that a round adds
         batch_size=8, rank=4, lr=9e-6, warmup=0, decay=0.0, data="coco"),
 }

@@ -165,6 +165,21 @@ def save_film(trajectory, prompts, out, columns, font):
                    loop=0)
 
 
+def generate_rows(rows, prompts, trajectory):
+    """Images of all prompts, row after row, from the same noise; rows: the args of each row."""
+    images = []
+    loaded = None
+    for args in rows:
+        if args.run != loaded:                                   # --vary run: another one
+            pipeline = load_pipeline(args)
+            if args.adapter:
+                pipeline = importlib.import_module("sur_adapter").attach(pipeline, args.adapter)
+            loaded = args.run
+        images += list(pipeline.generate(prompts, progress=True, trajectory=trajectory,
+                                         **sampling_options(args)))
+    return images
+
+
 # ------------------------------------------------------------------------------------------- main
 def add_flags(parser):
     parser.add_argument("prompts", nargs="*", help="prompts in quotes")
@@ -204,16 +219,7 @@ def main():
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     columns = args.per_prompt if args.per_prompt > 1 else None   # a row a prompt
     trajectory = [] if args.trajectory else None                 # of each step: (N, H, W, 3)
-    images = []
-    loaded = None
-    for row in rows:
-        if row.run != loaded:                                    # --vary run: another one
-            pipeline = load_pipeline(row)
-            if args.adapter:
-                pipeline = importlib.import_module("sur_adapter").attach(pipeline, args.adapter)
-            loaded = row.run
-        images += list(pipeline.generate(prompts, progress=True, trajectory=trajectory,
-                                         **sampling_options(row)))
+    images = generate_rows(rows, prompts, trajectory)
     if args.vary:
         titles = [f"{args.vary[0]} {value}" for value in args.vary[1:]]
         texts = [""] * (len(images) - len(prompts)) + prompts    # below the last row

@@ -47,7 +47,9 @@ CHOICES = {
     "sam_whole_two_sided": {"caption": 1, "sam_two_sided": 1, "clip": 1},
 }
 
-# settings that are changed; weights are of the ranks by caption, SAM, CLIP and aesthetic reward
+# settings that are changed; weights are of the ranks by caption, SAM, CLIP and aesthetic reward.
+# But for rank_sum_real, no real image is learned from beside what is selected: that would hide
+# what the selection does.
 VARIANTS = {
     "real_pictures": {},                             # images of the data set in their place
     "random": {},                                    # generated, selected at random
@@ -56,9 +58,9 @@ VARIANTS = {
     "sam_only": {"weights": (0.0, 1.0, 0.0, 0.0)},
     "caption_sam": {"weights": (1.0, 1.0, 0.0, 0.0)},                 # the paper's own pair
     "sum": {},                                       # of standardised rewards, not of ranks
-    "rank_sum_real": {"real": 1.0},                  # by rank, and as many real images
+    "rank_sum_real": {"real": 1.0},                  # as fine_rewards.py does
     "dpo": {"learn": "dpo", "lr": 5e-4, "batch_size": 32},  # the best against the worst, by rank
-    "rank_sum": {},                                  # as fine_rewards.py does
+    "rank_sum": {},                                  # by rank, the best alone
 }
 
 
@@ -163,7 +165,8 @@ def finetune_on_real_images(cfg, pipeline, dataset, folder, args):
 
 def train_variant(name, cfg, dataset, folder, args):
     """Fine-tunes the base in one way; returns its pipeline."""
-    pipeline, _, cfg = fine_rewards.load_base(dataclasses.replace(cfg, **VARIANTS[name]), args)
+    cfg = dataclasses.replace(cfg, **({"real": 0.0} | VARIANTS[name]))
+    pipeline, _, cfg = fine_rewards.load_base(cfg, args)
     args = copy.copy(args)
     args.resume = not args.overwrite and any(folder.rglob("state.pt"))
     if name == "real_pictures":
