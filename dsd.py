@@ -30,7 +30,7 @@ Differs from the paper [what its release does]; docs/dsd.md has the rest:
  4. Padding is masked [all 77 keys count]. Head weights also weigh b [weights are described only].
  5. Preset toy tunes and scores the attention alone [the hybrid, as preset paper does].
  6. Learned prompts stand before the caption tokens and are not pooled [described, not released].
- 7. toy: LoRA is on the feed-forward layers, too: shapes need it [on the attention alone].
+ 7. toy: LoRA is on the feed-forward layers, too, or shapes are confused [attention alone].
 """
 import argparse
 import copy
@@ -65,8 +65,8 @@ class Config:
     evaluations: int = 4            # values of t, evenly spaced: network evaluations a candidate
     prompts: int = 4                # learned prompt embeddings
     head_weights: bool = True       # learn two weights for each attention head
-    lora_rank: int = 4              # rank of the change of each matrix (0: none)
-    lora_mlp: bool = True           # change the feed-forward layers, too, not q, k, v and out alone
+    lora_rank: int = 4              # rank of LoRA on q, k, v and out of all attention (0: none)
+    lora_mlp: bool = True           # LoRA on the feed-forward layers, too
     data: str = "shapes"            # "shapes" (the toy world), or a file of groups
     shots: float = 512              # labelled groups, the first of the file; below 1: a share
     steps: int = 400                # training steps
@@ -398,13 +398,17 @@ def load_base(path, args):
 
 
 def load_matcher(path, args):
-    """The tuned matcher of a run folder; of a run that draws, the network as it is."""
+    """The tuned matcher of a run; of one of uvit_fusion.py or fine_rewards.py, zero-shot."""
     folder, weights = common.run_files(path)
     if not (folder / "config.json").exists():
         raise UserError(f"there is no run in {folder}/: tune one first, python dsd.py --train, or "
                         "match without one, --run runs/uvit_fusion")
-    if common.read_json(folder / "config.json").get("method") != "dsd":
+    method = common.read_json(folder / "config.json").get("method")
+    if method in ("uvit_fusion", "fine_rewards"):
         return zero_shot(Config(), load_base(path, args))
+    if method != "dsd":
+        raise UserError(f"{folder}/ is a run of {method}: name one of dsd.py, or one of "
+                        "uvit_fusion.py or fine_rewards.py to match zero-shot")
     cfg = common.read_config(Config, folder)
     pipeline = load_base(cfg.base, args)
     if cfg.base_identity != pipeline.identity():
@@ -565,8 +569,8 @@ def main():
     parser.add_argument("picture", nargs="?", help="an image to rank texts for")
     parser.add_argument("texts", nargs="*", help="the texts")
     parser.add_argument("--train", action="store_true", help="tune on labelled groups, and grade")
-    parser.add_argument("--run", default="runs/dsd", help="tuned run that ranks; or a run that "
-                        "draws, to rank zero-shot with its network (default %(default)s)")
+    parser.add_argument("--run", default="runs/dsd", help="tuned run that ranks; or one of "
+                        "uvit_fusion.py or fine_rewards.py, zero-shot (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=512,
                         help="--train: held-out pairs of each kind (default %(default)s)")
     common.add_training_flags(parser, "run folder of --train (default runs/dsd), or the file for "

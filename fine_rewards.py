@@ -14,7 +14,8 @@ how likely each of them is in the scene. Rewards have no common unit, so they vo
 
     rank_r(k)  = 0 for the best of the K candidates under reward r, ..., K - 1 for the worst
     best       = argmin_k sum_r weight_r rank_r(k)                         one image a prompt
-    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention;
+    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention,
+                 and of as many real ones;
                  with --learn dpo also of the worst, see `dpo_loss`
 
 A round samples from the current model, scores, selects, and fine-tunes on all that was selected so
@@ -91,7 +92,7 @@ class Config:
     # tune
     learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
     beta: float = 500.0  # of dpo: beta T, how far the model may go from the start of the round
-    real: float = 1.0  # of sft: real images a chosen one, learned from beside them to keep variety
+    real: float = 1.0  # of sft: real images to learn from, for each chosen one; they keep variety
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
     batch_size: int = 64  # images a step
@@ -115,7 +116,7 @@ class Config:
             raise UserError(f"--weights: one of {', '.join(REWARDS)} must be above 0")
         common.check_bounds(
             self, prompts=(1, 10**7), candidates=(2, 10**4), sample_steps=(1, 1000),
-            score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9), real=(0, 1000),
+            score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9), real=(0, 1),
             rounds=(1, 1000), rank=(1, 10**6))
         if "{prompt}" not in self.instruction or "{label}" not in self.instruction:
             raise UserError("--instruction must have {prompt} and {label} in it")

@@ -8,8 +8,8 @@
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sample.py "a train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth
 
-Writes one grid, samples/prompts.png in the run folder, in which each image stands above its prompt.
-The same seed gives the same images.
+Writes one grid, in which each image stands above its prompt: samples/prompts.png in the run folder,
+or of a .safetensors file in a folder of its name. The same seed gives the same images.
 """
 import argparse
 import copy
@@ -142,7 +142,8 @@ def varied_args(parser, args):
         raise UserError(f"--vary {' '.join(args.vary)}: expected one of {', '.join(VARIED)}, and "
                         "its values")
     field = name.replace("-", "_")
-    common.refuse_flags(parser, args, [field], "its values are those of --vary")
+    if getattr(args, field) != parser.get_default(field):
+        raise UserError(f"--{name}: its values are those of --vary, leave it out")
     # parsed like the flag itself, so a wrong value gets the same message
     return [parser.parse_args([f"--{name}", value], copy.copy(args)) for value in values]
 

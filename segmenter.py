@@ -69,8 +69,8 @@ class SamMasks:
     """
     POINTS = 32                                      # a side of the grid
     BATCH = 16                                       # points at a time: 64 took twice the memory
-    PREDICTED_IOU = 0.88                             # what a mask must exceed to be kept,
-    STABILITY = 0.95                                 # as published
+    PREDICTED_IOU = 0.88                             # of a mask that is kept, as published
+    STABILITY = 0.95                                 # the same
 
     def __init__(self, path, device, dtype=torch.float32):
         self.model, self.processor = encoders.load_pretrained(
@@ -183,9 +183,9 @@ class Segmenter:
     def segments(self, images):
         """N lists of (class, mask), as the papers read the queries of their models.
 
-        Each pixel goes to at most one of the queries that are sure of their class. One that loses
-        a fifth of its mask to others is dropped. The post-processing of transformers would also
-        hand out the pixels that are in no query's mask.
+        Each pixel goes to at most one of the queries that are sure of their class. A query that
+        loses a fifth of its mask to others is dropped. The post-processing of transformers would
+        also hand out the pixels that are in no query's mask.
         """
         task = {}
         if self.model.config.model_type == "oneformer":

@@ -5,7 +5,7 @@ that has only learned the second does not know it. SUR, an adapter for semantic 
 reasoning, stands between the frozen text encoder and the frozen network. It learns from triples
 (narrative prompt v, keyword prompt k, image): the image must be denoised well, the features of v
 must become those of k, and those of v must tell what an LLM makes of v. The last needs no triple:
-it also teaches words, such as "moss", that stand beside no image and only the LLM has read. The LLM
+it also teaches words, such as "moss", that occur in no triple: only the LLM has read them. The LLM
 is not needed to generate images.
 
     x = text encoder(v)                                    (B, L, d), frozen
@@ -36,6 +36,7 @@ Differs from the paper (in brackets what its released code does; docs/sur_adapte
  5. The LLM also reads narratives without keyword prompts and images [those of the triples only].
  6. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
  7. w adds h [x: then h does nothing but decide where to attend].
+ 8. toy: eta 1, weights 3, 0.2 and 2, T = 4 [eta 0.1, weights 1, 1e-5 and 1e-5, T = 1].
 """
 import argparse
 import copy
@@ -63,7 +64,7 @@ from uvit_fusion import Attention, diffusion_loss, padding_bias, softmax_attenti
 class Config:
     base: str = "runs/uvit_fusion"  # run of uvit_fusion.py whose text encoder gets the adapter
     llm: str = "runs/toy/llm_instructed"  # language model to distil: a folder, or a hub name
-    llm_layer: int = -2             # its layer that is distilled: 0 the embeddings, -1 the last
+    llm_layer: int = -2             # layer of it that is distilled: 0 the embeddings, -1 the last
     instruction: str = ". in plain words:"  # what the LLM reads behind a narrative
     layers: int = 2                 # of the adapter's transformer encoder
     heads: int = 4                  # of its attention
@@ -265,7 +266,7 @@ def load_triples(pipeline, root):
 
 
 def encode_once(pipeline, llm, instruction, texts):
-    """What both frozen models make of N texts; at every step they would take half of the time.
+    """Encodes N texts by both frozen models, once: at every step that would take half of the time.
 
     Returns the text encoder's features (N, L, d), masks (N, L) and means over tokens (N, d), and
     the LLM's means (N, llm_dim). The LLM reads the instruction behind each text.

@@ -166,7 +166,7 @@ PRESETS = {
         data="coco", clip="openai/clip-vit-large-patch14",
     ),
 }
-# what --quick changes besides, also with data of your own, which have the preset pictures
+# what --quick changes besides its preset; with data of your own, that is pictures
 QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=800, warmup=80,
              snapshot_at=(0,))
 

@@ -164,7 +164,11 @@ def copy_project(out, hidden=()):
     """Copies the tracked files into a new folder."""
     if out.exists():
         raise Slip(f"{out} is there already: name a new folder")
-    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+    try:
+        names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    except subprocess.CalledProcessError:
+        raise Slip("git lists the files to copy: make and grade work in a clone") from None
+    for name in names:
         if not name.startswith(hidden):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, out / name)
@@ -323,7 +327,7 @@ def main():
             sys.exit(check(exercises))
         from course import prove  # it loads torch, which the others do without
         sys.exit(prove.prove(exercises, args.json))
-    except (Slip, OSError, subprocess.CalledProcessError) as error:
+    except (Slip, OSError) as error:
         print(f"course: error: {error}", file=sys.stderr)
         sys.exit(2)
 

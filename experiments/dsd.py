@@ -257,13 +257,17 @@ def load_for_grading(args):
     return matcher
 
 
-def grade(args):
+def grade(parser, args):
     """Scores the groups of a file, of ComVG or of retrieval, and prints a table."""
+    if not args.retrieval:
+        common.refuse_flags(parser, args, ["pool_size"], "it belongs to --retrieval")
     matcher = load_for_grading(args)
+    name = args.groups or args.retrieval
     if args.groups:
         groups = matching.read_groups(args.groups)
     elif args.comvg:
-        groups = read_comvg(*args.comvg)
+        name, images = args.comvg
+        groups = read_comvg(name, images)
     else:
         data = "data/shapes" if args.retrieval == "shapes" else args.retrieval
         groups = retrieval_groups(data, args.pool_size, matcher.pipeline.image_size)
@@ -278,16 +282,18 @@ def grade(args):
     cells = [f"{100 * w.mean():.1f} +- {100 * common.ci95(w):.1f}" for w in won.values()]
     names = [name.removesuffix("_R@1") if "all" in won else name for name in won]
     label = f"{score}, {'tuned' if matcher.cfg.lora_rank else 'zero-shot'}"
-    common.print_table([["right, %", *names], [label, *cells]], f"{len(groups)} groups")
+    common.print_table([["right, %", *names], [label, *cells]],
+                       f"{name}: {len(groups)} groups")
     print(f"{evaluations} network evaluations")
 
 
 # ----------------------------------------------------------------------------------------- compare
-def tune_hybrid(tuned, candidates, folder):
+def tune_hybrid(tuned, candidates, folder, overwrite):
     """A matcher tuned as `tuned` was, but by the hybrid score, as the release does."""
     cfg = dataclasses.replace(tuned.cfg, score="hybrid")
     matcher = dsd.Matcher(cfg, tuned.pipeline)
-    args = argparse.Namespace(resume=(folder / "state.pt").exists(), overwrite=False)
+    resume = not overwrite and (folder / "state.pt").exists()
+    args = argparse.Namespace(resume=resume, overwrite=overwrite)
     dsd.train(cfg, matcher, candidates, folder, args)
     return matcher
 
@@ -351,6 +357,7 @@ def compare_tasks(pipeline, count, matchers):
 
 
 def compare(args):
+    folder, _ = common.run_files(args.run)
     tuned = dsd.load_matcher(args.run, args)
     cfg = tuned.cfg
     pipeline = tuned.pipeline
@@ -366,14 +373,14 @@ def compare(args):
         "tuned": tuned,
         "base": dsd.zero_shot(cfg, pipeline),
         "hybrid": dsd.zero_shot(hybrid, pipeline),
-        "hybrid_tuned": tune_hybrid(tuned, candidates, Path(args.run) / "hybrid"),
+        "hybrid_tuned": tune_hybrid(tuned, candidates, folder / "hybrid", args.overwrite),
         "clip": clip,
         "tuned_clip": tune_clip(clip, candidates),
     }
     figures = compare_pairs(pipeline, args.samples, matchers)
     figures |= compare_tasks(pipeline, args.others, matchers)
     figures["compare_seconds"] = time.time() - begin
-    common.write_results(args.run, figures)
+    common.write_results(folder, figures)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -404,15 +411,16 @@ def main():
     of_compare.add_argument("--others", type=common.positive, default=128,
                             help="groups of each other task (default %(default)s)")
     of_compare.add_argument("--run", default="runs/dsd", help="tuned run (default %(default)s)")
+    of_compare.add_argument("--overwrite", action="store_true", help="tune the hybrid anew")
     of_grade = experiments.add_parser("grade", help="any groups of candidates, by any score")
-    of_grade.add_argument("--run", default="runs/dsd", help="tuned run; or a run that draws, whose "
-                          "network is graded as it is, zero-shot (default %(default)s)")
+    of_grade.add_argument("--run", default="runs/dsd", help="tuned run; or one of uvit_fusion.py "
+                          "or fine_rewards.py, graded zero-shot (default %(default)s)")
     add_grade_flags(of_grade)
     for each in (of_compare, of_grade):
         common.add_device_flags(each)
     args = parser.parse_args()
     if args.experiment == "grade":
-        grade(args)
+        grade(of_grade, args)
     else:
         compare(args)
 

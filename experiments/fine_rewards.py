@@ -48,10 +48,9 @@ CHOICES = {
 }
 
 # settings that are changed; weights are of the ranks by caption, SAM, CLIP and aesthetic reward.
-# But for rank_sum_real, no real image is learned from beside what is selected: that would hide
-# what the selection does.
+# All but rank_sum_real have --real 0: real images would hide what the selection does.
 VARIANTS = {
-    "real_pictures": {},                             # images of the data set in their place
+    "real_pictures": {},                             # images of the data set, none generated
     "random": {},                                    # generated, selected at random
     "clip_only": {"weights": (0.0, 0.0, 1.0, 0.0)},
     "caption_only": {"weights": (1.0, 0.0, 0.0, 0.0)},
@@ -98,7 +97,7 @@ def choose(cfg, args, folder):
         Rewards(two_sided, pipeline), candidates, prompts)["sam"]
 
     seen = inspect_candidates(candidates, scenes)
-    best = {"oracle": seen["right"].argmax(1)}       # (P,): a right one, where there is one
+    best = {"oracle": seen["right"].argmax(1)}       # (P,): a right one, or else the first
     for name, weights in CHOICES.items():
         used = {reward: scores[reward] for reward in weights}
         best[name] = aggregate_ranks(used, weights).argmin(1)
@@ -252,7 +251,7 @@ def analyse(cfg, args, folder):
         # 1 if the right caption is ahead, 0 if both are equal, -1 if it is behind
         signs = {name: np.sign(of_right[name] - of_wrong[name]) for name in of_right}
         votes = sum(weight * signs[name] for name, weight in rewards.weights.items())
-        signs["all"] = np.sign(votes)                # of two captions, a vote is a sum of ranks
+        signs["all"] = np.sign(votes)                # of two, the vote decides the sum of ranks
         shares = {name: 50 * float(1 + sign.mean()) for name, sign in signs.items()}
         rows.append([field, *shares.values()])
         figures |= {f"{field}_{name}": share for name, share in shares.items()}
@@ -278,6 +277,8 @@ def main():
         parser, "default runs/rewards_choose, runs/rewards_compare, runs/rewards_analyse")
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()
+    if args.experiment == "compare":
+        common.refuse_flags(parser, args, ["real"], "each variant has its own")
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
         raise UserError("--data: the judge knows the toy world only: leave it out")

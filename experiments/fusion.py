@@ -7,7 +7,7 @@
 
 Each prints a table and writes its figures to a results.json: in runs/compare, in runs/cost, or in
 the folder of the run. compare takes hours on two cores; a variant that is finished is kept, so the
-command can be given again, and with more --seeds or other --variants.
+command can be given again (with the same --precision), with more --seeds or other --variants.
 """
 import argparse
 import dataclasses
@@ -43,7 +43,7 @@ VARIANTS = {
 # at the paper's size, for `cost`
 SWEEP = {
     "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
-    "intermediate": {"fusion": "concat", "image_blocks": 5, "caption_blocks": 1},
+    "intermediate": {"fusion": "concat", "image_blocks": 5, "caption_blocks": 1},  # the docs' v5 c1
     "v3 c3": {"fusion": "concat", "image_blocks": 3, "caption_blocks": 3},         # as released
     "v4 c1": {"fusion": "concat", "image_blocks": 4, "caption_blocks": 1},
     "v6 c2": {"fusion": "concat", "image_blocks": 6, "caption_blocks": 2},
@@ -105,11 +105,15 @@ def train_variant(cfg, data, folder, args, device, precision):
     """Trains and grades one variant; of one that is finished, reads the figures."""
     print(f"\ninto {folder}/")
     # goes on if it was stopped, does nothing if it is finished, refuses other settings
-    args.resume = (folder / "state.pt").exists()
-    pipeline = uvit_fusion.train(cfg, data, folder, args, device, precision)
+    args.resume = not args.overwrite and (folder / "state.pt").exists()
     graded = folder / "graded.json"              # eval.py may write other figures to results.json
+    if not args.resume:
+        graded.unlink(missing_ok=True)           # of what is trained now, nothing is graded
+    pipeline = uvit_fusion.train(cfg, data, folder, args, device, precision)
     if graded.exists():
-        return common.read_json(graded)
+        figures = common.read_json(graded)
+        if figures["samples"] == args.samples:
+            return figures
     figures, table = judge.accuracy(pipeline, data, args.samples, **SAMPLING)
     judge.print_accuracy(figures, table, str(folder))
     figures["curve"] = accuracy_curve(folder, cfg.snapshot_at, data, device, precision)
@@ -350,7 +354,8 @@ def single_changes(device, precision):
     rows = [["ms", "without", "with"]]
     for name in ("muon", "text", "attention"):
         rows.append([name, figures[f"{name}_without_ms"], figures[f"{name}_ms"]])
-    common.print_table(rows, f"one change at a time, {common.machine()}")
+    common.print_table(rows, "Muon in one product a shape, kept features of captions, the "
+                       f"faster attention: one change at a time, {common.machine()}")
     return figures
 
 
@@ -358,6 +363,8 @@ def training_step_ms(folder, args, device, precision, steps=200):
     """ms a step of `uvit_fusion.train` on the toy world: images, text and averages included."""
     cfg = Config(steps=steps, snapshot_at=())
     data = toy.prepare(cfg.data, cfg.clip)
+    args.resume = False
+    args.overwrite = True
     uvit_fusion.train(cfg, data, folder, args, device, precision)          # which prints it too
     return common.read_json(folder / "results.json")["step_ms"]
 
@@ -522,13 +529,12 @@ def main():
                         metavar="NAME", help="compare: some of %(choices)s (default all)")
     parser.add_argument("--seeds", type=common.positive, default=3,
                         help="compare: seeds for concatenation (default %(default)s)")
-    parser.add_argument("--out", help="compare, cost: folder (default runs/compare, runs/cost)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="compare, cost: torch.compile (default: on a GPU)")
-    common.add_device_flags(parser)
+    common.add_training_flags(
+        parser, "compare, cost: folder (default runs/compare, runs/cost)")
     common.add_config_flags(parser, Config, PRESETS)
-    # for `uvit_fusion.train`
-    parser.set_defaults(resume=False, overwrite=True, workers=None, validation_samples=0)
+    parser.set_defaults(workers=None, validation_samples=0)               # for `uvit_fusion.train`
     args = parser.parse_args()
     device = common.pick_device(args.device)
     EXPERIMENTS[args.experiment](args, device, common.pick_precision(args.precision, device))

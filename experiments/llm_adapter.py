@@ -25,6 +25,7 @@ import encoders
 import llm_adapter
 import sample
 import toy
+from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
 from toy import judge, language, multilingual
 from toy.shapes import COLOURS
@@ -76,7 +77,7 @@ class LayersSideBySide:
 
 
 def embeddings_and_last(cfg, llm):
-    """llm: reads the embeddings."""
+    """`llm`, which reads the embeddings, and beside it the last layer."""
     last = encoders.LLMEncoder(cfg.llm, -1, cfg.instruction, llm.device, llm.model.dtype)
     return LayersSideBySide([llm, last])
 
@@ -121,6 +122,8 @@ def run_variant(name, cfg, folder, args):
 def compare(args):
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or "runs/llm_compare")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on, --overwrite starts anew: choose one")
     args.resume = not args.overwrite            # what is finished is not trained again
     rows = [["all right, %", "four languages", "+-", "long", "english"]]
     figures = {}
@@ -139,7 +142,7 @@ def compare(args):
 
 # ------------------------------------------------------------------------------ what a layer tells
 def linear_map(states, labels, others):
-    """The labels (M,) of others (M, D) by ridge regression from states (N, D) to labels (N,)."""
+    """The M labels of others (M, D) by ridge regression from states (N, D) to labels (N,)."""
     x = F.pad(F.layer_norm(states, states.shape[-1:]), (0, 1), value=1.0)            # (N, D + 1)
     y = F.one_hot(labels).float()
     weight = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ y)
@@ -174,7 +177,7 @@ def same_scene(llm, texts, english):
 
 
 def narrative_colour(llm, scenes, captions, question):
-    """In which narratives a linear map, fitted to captions, names the colour, (N,).
+    """In which narratives a linear map, fitted to captions, names the right colour: bool (N,).
 
     It reads the last state. The scenes have one group each; question: is put behind each text.
     """
@@ -248,7 +251,7 @@ def main():
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
                         help="sampling steps of a graded image (default %(default)s)")
-    common.add_training_flags(parser, "folder (default runs/llm_compare or llm_probe)")
+    common.add_training_flags(parser, "compare, probe: folder (default runs/llm_<action>)")
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()
     if args.action == "compare":

@@ -126,6 +126,7 @@ def train(args, folder, device, precision):
     cfg = common.make_config(Config, PRESETS, args)
     data = toy.prepare(cfg.data, cfg.clip, cfg.size)
     folder = Path(args.out or folder)
+    common.check_run(folder, args)
     if cfg.clip == "words":
         cfg.clip = toy.models.train_words(data, cfg.size, folder, args.resume)
     return uvit_fusion.train(cfg, data, folder, args, device, precision), folder

@@ -4,10 +4,10 @@
     python -m experiments.sur_adapter compare --steps 1000 --samples 512
 
 Trains each variant with the same data, steps and noise. Grades it on held-out scenes, told in three
-ways: narratives of words that the triples have in new pairs, narratives with an unheard word that
-only the LLM has read, and plain captions. Prints one table and writes results.json. "unheard"
-trains two variants only, with the LLM's term and without it. In both the LLM also rewrites the
-narratives for the base. Given again, the command trains only what is not finished.
+ways: plain captions, narratives of words that the triples have in new pairs, and narratives with an
+unheard word that only the LLM has read. Beside them stands a rival: the LLM rewrites the narratives
+and the base draws that. Prints one table and writes results.json. "unheard" trains two variants
+only, with the LLM's term and without it. Given again, a command trains what is not finished.
 """
 import argparse
 import dataclasses
@@ -18,6 +18,7 @@ import torch.nn as nn
 import common
 import sur_adapter
 import toy.narratives
+from common import UserError
 from sur_adapter import PRESETS, Adapter, Config
 from toy.narratives import KINDS
 from uvit_fusion import softmax_attention
@@ -80,6 +81,8 @@ def compare(args):
     rewriter = toy.narratives.Rewriter(cfg.llm, base.device)
     results["rewriting"] = grade(base, data, args, ("narrative", "unheard"), rewriter)
     names = ("as_intended", "no_llm") if args.action == "unheard" else ABLATIONS
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on, --overwrite starts anew: choose one")
     args.resume = not args.overwrite                  # what is finished is not trained again
     for name in names:
         print(f"\n{name}, into {folder / name}/")

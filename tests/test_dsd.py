@@ -492,6 +492,16 @@ def test_clip_is_tuned_by_its_own_loss_and_the_first_one_stays(clip_folder, cand
     assert rivals.verdicts(candidates.groups, candidates.tables(after))["x_R@1"].mean() > 0.9
 
 
+def test_lora_is_on_the_feed_forward_layers_unless_as_published(matcher):
+    for cfg in (Config(), Config(lora_mlp=False), Config(**dsd.PRESETS["paper"])):
+        tuned = Matcher(cfg, matcher.pipeline).tuned()
+        on_attention = [name for name in tuned if ".attn." in name]
+        on_mlp = [name for name in tuned if ".mlp." in name]
+        assert on_attention
+        assert len(on_mlp) == (len(on_attention) if cfg.lora_mlp else 0)
+    assert Config().lora_mlp and not Config(**dsd.PRESETS["paper"]).lora_mlp
+
+
 # ------------------------------------------------------------------------------------------- a run
 def test_a_run_holds_only_what_was_tuned_and_names_what_it_stands_on(world, matcher):
     tensors = load_file(world / "run" / "model.safetensors")

@@ -160,7 +160,7 @@ def world(tmp_path_factory, clip_folder):
 def small(world, **changes):
     experts = {name: str(world / name) for name in ("base", "captioner", "segmenter", "llm")}
     fields = dict(candidates=3, prompts=5, sample_steps=2, steps=3, batch_size=4, rank=2, warmup=0,
-                  lr=1e-2, keep=0.6, scorer=str(world / "scorer.safetensors"),
+                  lr=1e-2, keep=0.6, real=0.0, scorer=str(world / "scorer.safetensors"),
                   instruction="{prompt} {label}", weights=(1.0, 1.0, 1.0, 0.0))
     return fine_rewards.Config(**experts | fields | changes)
 
@@ -300,7 +300,8 @@ def test_sams_masks_are_filtered_small_and_only_those_kept_are_enlarged(tmp_path
                            for x in range(6) for y in range(6)])
     pixels = sam.processor(images=image, return_tensors="pt").pixel_values
     with torch.no_grad():
-        found = sam.model(pixel_values=pixels, input_points=points[None, :, None])
+        model = transformers.SamModel.from_pretrained(tmp_path).eval()  # whose attention is plain
+        found = model(pixel_values=pixels, input_points=points[None, :, None])
     logits = found.pred_masks[0].flatten(0, 1)                                  # (108, 16, 16)
     iou = found.iou_scores[0].flatten()
     stable = torch.tensor([(x > 1).sum() / max(1, (x > -1).sum()) for x in logits])
@@ -607,6 +608,26 @@ def test_a_round_learns_the_best_of_each_prompt_and_from_all_rounds_so_far(
         tuned = load_file(whole.folder / f"round{n + 1}" / "model.safetensors")
         for name, tensor in model.model.state_dict().items():
             assert torch.allclose(tensor, tuned[name], atol=5e-4), name
+
+
+def test_real_images_are_the_default_but_not_where_selections_are_compared(monkeypatch, tmp_path):
+    class Stop(Exception):
+        pass
+
+    settings = []
+
+    def load_base(cfg, args):
+        settings.append(cfg)
+        raise Stop
+    monkeypatch.setattr(fine_rewards, "load_base", load_base)
+    args = SimpleNamespace(overwrite=False)
+    for name in experiments.VARIANTS:
+        with pytest.raises(Stop):
+            experiments.train_variant(name, fine_rewards.Config(), None, tmp_path, args)
+    assert fine_rewards.Config().real == 1
+    assert fine_rewards.Config(**fine_rewards.PRESETS["paper"]).real == 0
+    assert [cfg.real for cfg in settings] == [
+        float(name == "rank_sum_real") for name in experiments.VARIANTS]
 
 
 def test_real_images_are_learned_from_beside_those_chosen(

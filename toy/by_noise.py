@@ -61,7 +61,8 @@ def losses(pipeline, x_0, y, mask, t, eps, batch_size=256):
 
 
 def measure(pipeline, data, samples, seed=0):
-    """{"right" or a field: losses (T, N)} at TIMESTEPS, of N validation images with that caption.
+    """{"right" or a field: losses (T, N)} at TIMESTEPS, of N validation images, each with
+    its right caption, or with one that is wrong in this field.
 
     Of the first `samples` images, the N that show two groups. seed: of the noise, which all
     captions share.

@@ -111,9 +111,11 @@ def report(progress, own, rendered, folder):
     shares |= common.percent("final", final["right"])
     shares |= common.percent("gain", final["right"] - start["right"])
     shares |= variety_lost(start, final)
-    rows = [["right, gained, lost", "%", "+-"]]
-    for name in ("start", "start_own", "final", "gain", "variety_lost_percent"):
-        rows.append([name, shares[name], shares[f"{name}_ci"]])
+    labels = {"start": "right at the start", "start_own": "right with the base's own guidance",
+              "final": "right in the end", "gain": "gained, points",
+              "variety_lost_percent": "variety lost"}
+    rows = [["", "%", "+-"]]
+    rows += [[label, shares[name], shares[f"{name}_ci"]] for name, label in labels.items()]
     common.print_table(rows, "with 95 % intervals over captions")
     return figures | shares
 

@@ -175,8 +175,8 @@ ROWS = {
 def validation_scenes(data, samples, first=0):
     """`samples` validation scenes from the `first` on, a caption of each, and which are unseen.
 
-    Returns (scenes, captions, unseen: bool array), the same for every run. Raises UserError for
-    data without scenes.
+    Returns (scenes, captions, unseen: bool array), the same for every run and for all callers: not
+    to be changed. Raises UserError for data without scenes.
     """
     dataset = image_data.CaptionedImages(data, "val", size=24)       # reads no image
     items = dataset.items[first:first + samples]

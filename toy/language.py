@@ -484,7 +484,7 @@ SHARES = {
 
 
 def corpus_line(scene, rng):
-    """A line of text for the tiny LLM: of one kind of SHARES, most of them about the scene."""
+    """A line of text for the tiny LLM, of a kind drawn by SHARES: about the scene, or facts."""
     kind = rng.choices(tuple(SHARES), weights=tuple(SHARES.values()))[0]
     meaning = shapes.keywords(scene) if rng.random() < 0.3 else shapes.sentence(scene, rng)
     if kind == "caption":
@@ -507,7 +507,7 @@ def instructed_line(scene, rng):
     """A line of text for the tiny instructed LLM.
 
     70 % are narratives, followed by their keyword prompts, with the groups in the same order; the
-    others are as above, that nothing be forgotten.
+    others are lines of `corpus_line`, so that nothing is forgotten.
     """
     if rng.random() < 0.7:
         text, prompt = narrative_and_keywords(scene, rng)

@@ -1,4 +1,4 @@
-"""What a training shows of itself, ten times meanwhile and at its end.
+"""What a training reports: ten times while it runs, and at its end.
 
 Images for captions of the validation split, and on the toy world the judge's verdict on others.
 """
@@ -18,7 +18,7 @@ def validation_captions(dataset, count):
 
 
 class Validation:
-    """What a training measures ten times, of `pipeline`, which has the EMA weights.
+    """Measures a training ten times; pipeline: that of the EMA weights.
 
     The loss, and images: samples/step_<n>.png. On the toy world also the share right, of the last
     `samples` scenes, which are not those of `report`. `curve`: (seconds of training, % right).
@@ -63,9 +63,9 @@ class Validation:
 
     def report_speed(self):
         """Prints and writes to results.json the ms a step, and when 80 % were right."""
-        # without the first lap, in which images are decoded and a network is compiled
+        # without the first tenth, in which images are decoded and a network is compiled
         steps = self.every * (len(self.curve) - 2)
-        if not steps:                                    # of one lap
+        if not steps:                                    # a single validation
             return
         ms = 1e3 * (self.curve[-1][0] - self.curve[1][0]) / steps
         images = 1e3 * self.pipeline.cfg.batch_size / ms
