@@ -212,7 +212,7 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
     (["--vary", "font", 1], "--vary font 1: expected one of guidance"),
     (["--vary", "guidance", "much"], "--guidance: invalid finite value: 'much'"),
     (["--vary", "sampler", "euler"], "--sampler: invalid choice: 'euler'"),
-    (["--vary", "guidance", 1, "--guidance", 2], "--guidance plays no part here: its values"),
+    (["--vary", "guidance", 1, "--guidance", 2], "--guidance: its values are those of --vary"),
     (["--vary", "guidance", 1, "--trajectory"], "--trajectory and --vary"),
 ])
 def test_a_slip_is_one_line(folder, pipeline, flags, word):
