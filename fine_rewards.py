@@ -15,7 +15,7 @@ how likely each of them is in the scene. Rewards have no common unit, so they vo
     rank_r(k)  = 0 for the best of the K candidates under reward r, ..., K - 1 for the worst
     best       = argmin_k sum_r weight_r rank_r(k)                         one image a prompt
     loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention,
-                 and of as many real ones;
+                 and of half as many real ones;
                  with --learn dpo also of the worst, see `dpo_loss`
 
 A round samples from the current model, scores, selects, and fine-tunes on all that was selected so
@@ -23,7 +23,7 @@ far. The next round begins with the result (RAFT: reward-ranked fine-tuning, arX
 
 Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, scores {reward: (P, K)}.
 
-    python fine_rewards.py --train          # 16 min on two cores: from 61 to 73 % right
+    python fine_rewards.py --train          # 16 min on two cores: from 61 to 74 % right
     python sample.py "two red circles above a blue square" --run runs/fine_rewards
     python fine_rewards.py --train --preset paper --base runs/coco256 --data coco
     python -m experiments.fine_rewards choose --samples 300     # or compare, analyse: the rewards
@@ -34,8 +34,8 @@ Differs from the paper [what its release does]; docs/fine_rewards.md has the res
  3. A label's score is an expectation, in a fresh context [digits from one long conversation].
  4. A segmenter finds the parts, or with --sam SAM does: segmenter.py [tags of a tagger, no SAM].
  5. toy: three rewards vote, with weights 1, 0.5, 1, and the best 80 % of the selected images are
-    learned from, and as many real ones, which keeps variety [caption and SAM reward beside a CLIP
-    tuned to human taste; all of the selected images, and no others].
+    learned from, and half as many real ones, which keep variety [caption and SAM reward beside a
+    CLIP tuned to human taste; all of the selected images, and no others].
  6. Two additions, if asked for: --sam-score two-sided sees what is missing, too; --learn dpo.
 """
 import argparse
@@ -92,7 +92,7 @@ class Config:
     # tune
     learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
     beta: float = 500.0  # of dpo: beta T, how far the model may go from the start of the round
-    real: float = 1.0  # of sft: real images to learn from, for each chosen one; they keep variety
+    real: float = 0.5  # of sft: real images to learn from, for each chosen one; they keep variety
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
     batch_size: int = 64  # images a step

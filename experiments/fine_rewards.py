@@ -57,7 +57,7 @@ VARIANTS = {
     "sam_only": {"weights": (0.0, 1.0, 0.0, 0.0)},
     "caption_sam": {"weights": (1.0, 1.0, 0.0, 0.0)},                 # the paper's own pair
     "sum": {},                                       # of standardised rewards, not of ranks
-    "rank_sum_real": {"real": 1.0},                  # as fine_rewards.py does
+    "rank_sum_real": {"real": 0.5},                  # as fine_rewards.py does
     "dpo": {"learn": "dpo", "lr": 5e-4, "batch_size": 32},  # the best against the worst, by rank
     "rank_sum": {},                                  # by rank, the best alone
 }

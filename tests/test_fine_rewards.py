@@ -624,10 +624,10 @@ def test_real_images_are_the_default_but_not_where_selections_are_compared(monke
     for name in experiments.VARIANTS:
         with pytest.raises(Stop):
             experiments.train_variant(name, fine_rewards.Config(), None, tmp_path, args)
-    assert fine_rewards.Config().real == 1
+    assert fine_rewards.Config().real == 0.5
     assert fine_rewards.Config(**fine_rewards.PRESETS["paper"]).real == 0
     assert [cfg.real for cfg in settings] == [
-        float(name == "rank_sum_real") for name in experiments.VARIANTS]
+        0.5 if name == "rank_sum_real" else 0.0 for name in experiments.VARIANTS]
 
 
 def test_real_images_are_learned_from_beside_those_chosen(
