@@ -101,6 +101,8 @@ class Config:
     def __post_init__(self):
         common.check_bounds(self, layers=(0, 1000), feed_forward=(1, 10**5), images=(1, 2**20),
                             texts=(0, 2**20), temperature=(1e-6, 1e6), eta=(1e-6, 1e6))
+        if not (self.noise_weight or self.prompt_weight or self.llm_weight):
+            raise UserError("--noise-weight, --prompt-weight, --llm-weight: one must be above 0")
 
 
 PRESETS = {

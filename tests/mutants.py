@@ -916,6 +916,8 @@ MUTANTS = {
          "not lowest <= number <= highest", "False"),
         ("a method's own bounds do not count", "common.check_bounds", "BOUNDS | own", "BOUNDS"),
         ("the shared bounds do not count", "common.check_bounds", "BOUNDS | own", "own"),
+        ("no term of the loss is left", "sur_adapter.Config.__post_init__",
+         "not (self.noise_weight", "None and (self.noise_weight"),
     ],
     "test_fine_rewards.py": [
         ("ranks reversed", "fine_rewards.ranks", "(others > own)", "(others < own)"),
@@ -942,7 +944,7 @@ MUTANTS = {
         ("candidates of other prompts go with those kept", "fine_rewards.select_best",
          "return kept, best[kept]", "return kept, best[:len(kept)]"),
         ("all prompts are kept", "fine_rewards.select_best",
-         "round(keep * len(best))", "len(best)"),
+         "n_keep(keep, len(best))", "len(best)"),
         ("the SAM reward without -2n", "fine_rewards.sam_reward", "(s.sum() - 2 * n)", "s.sum()"),
         ("the SAM reward is a mean of scores", "fine_rewards.sam_reward",
          "/ (2 * n) if n", "/ 2 if n"),

@@ -80,6 +80,7 @@ def test_processes_that_are_killed_leave_whole_checkpoints_and_resume_to_the_sam
     (sur_adapter, {"layers": 100_000}), (sur_adapter, {"feed_forward": 0}),
     (sur_adapter, {"feed_forward": 10**8}), (sur_adapter, {"images": 0}),
     (sur_adapter, {"heads": 0}), (sur_adapter, {"eta": 0}), (sur_adapter, {"temperature": 0}),
+    (sur_adapter, {"noise_weight": 0, "prompt_weight": 0, "llm_weight": 0}),
     (llm_adapter, {"heads": 0}), (llm_adapter, {"width": 0}), (llm_adapter, {"width": 10**8}),
     (llm_adapter, {"steps_2": 0}), (llm_adapter, {"lr_1": 0}), (llm_adapter, {"best": 2}),
     (llm_adapter, {"conv_kernel": 0}), (llm_adapter, {"batch_size": 1}),
