@@ -559,13 +559,18 @@ def run_files(path):
     return path, path / "model.safetensors"
 
 
+def check_resume(args):
+    """Refuses --resume and --overwrite together."""
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on, --overwrite starts anew: choose one")
+
+
 def check_run(folder, args):
     """Refuses to train over another run by mistake, and to resume where there is none."""
     # chosen.pt: what a round of fine_rewards.py learns from, made before its first checkpoint
     has_state = any(Path(folder).rglob("state.pt")) or any(Path(folder).glob("*/chosen.pt"))
     holds_run = has_state or any(Path(folder).glob("*.safetensors"))
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on, --overwrite starts anew: choose one")
+    check_resume(args)
     if args.resume and not has_state:
         raise UserError(f"--resume: there is no run in {folder}/ to go on with")
     if holds_run and not args.resume and not args.overwrite:

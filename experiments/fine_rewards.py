@@ -152,7 +152,7 @@ def finetune_on_real_images(cfg, pipeline, dataset, folder, args):
     """Learns from real images: as many, with their captions, as the other variants learn from."""
     images = []
     prompts = []
-    count = max(1, round(cfg.keep * cfg.prompts))    # as in `select_best`
+    count = fine_rewards.n_keep(cfg.keep, cfg.prompts)
     for n in range(cfg.rounds):
         asked, indices = fine_rewards.round_prompts(cfg, dataset, n)
         images += [dataset.image(i) for i in indices[:count]]

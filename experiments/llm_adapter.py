@@ -25,7 +25,6 @@ import encoders
 import llm_adapter
 import sample
 import toy
-from common import UserError
 from llm_adapter import PRESETS, Adapter, Config
 from toy import judge, language, multilingual
 from toy.shapes import COLOURS
@@ -122,8 +121,7 @@ def run_variant(name, cfg, folder, args):
 def compare(args):
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or "runs/llm_compare")
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on, --overwrite starts anew: choose one")
+    common.check_resume(args)
     args.resume = not args.overwrite            # what is finished is not trained again
     rows = [["all right, %", "four languages", "+-", "long", "english"]]
     figures = {}

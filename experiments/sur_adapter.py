@@ -18,7 +18,6 @@ import torch.nn as nn
 import common
 import sur_adapter
 import toy.narratives
-from common import UserError
 from sur_adapter import PRESETS, Adapter, Config
 from toy.narratives import KINDS
 from uvit_fusion import softmax_attention
@@ -81,8 +80,7 @@ def compare(args):
     rewriter = toy.narratives.Rewriter(cfg.llm, base.device)
     results["rewriting"] = grade(base, data, args, ("narrative", "unheard"), rewriter)
     names = ("as_intended", "no_llm") if args.action == "unheard" else ABLATIONS
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on, --overwrite starts anew: choose one")
+    common.check_resume(args)
     args.resume = not args.overwrite                  # what is finished is not trained again
     for name in names:
         print(f"\n{name}, into {folder / name}/")
