@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -205,51 +206,76 @@ def merge_lora(model):
 
 
 # -------------------------------------------------------------------------------------------- Muon
-def orthogonalise(matrices, coefficients, steps, eps):
-    """Sets the singular values of matrices (n, rows, columns) to about 1: bf16, the same shape.
+def orthogonalise(x, coefficients, steps, eps):
+    """Sets the singular values of matrices x (n, rows, columns), rows <= columns, to about 1: bf16.
 
     The Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X of Muon (Jordan et al. 2024).
     """
     a, b, c = coefficients
-    wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices.bfloat16()
-    x = x if wide else x.mT.contiguous()                # X X^T is the smaller of the two products
+    x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.mT
+    return x
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, but all matrices of one shape are orthogonalised in one product."""
+    """PyTorch's Muon, but matrices of one shape, on a GPU of all shapes, take one product."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in by_shape.items():
-                self.update(group, shape, parameters)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+            directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            self.update(group, parameters, directions)
 
-    def update(self, group, shape, parameters):
-        """One step of the parameters of a shape (rows, columns); group: their settings."""
-        buffers = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-        gradients = [parameter.grad for parameter in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        directions = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-        updates = orthogonalise(
-            directions, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rows, columns = shape
-        rate = group["lr"] * max(1, rows / columns)**0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.float()), alpha=-rate)
+    def update(self, group, parameters, directions):
+        """parameters -= lr sqrt(max(1, rows / columns)) times the orthogonalised directions."""
+        by_shape = {}
+        for i, parameter in enumerate(parameters):
+            by_shape.setdefault(parameter.shape, []).append(i)
+        stacks = []
+        for (rows, columns), numbers in by_shape.items():
+            stack = torch.stack([directions[i] for i in numbers])
+            # X X^T is the smaller of the two products if X is wide
+            stacks.append(stack if rows <= columns else stack.mT.contiguous())
+        settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        if parameters[0].is_cuda:
+            updates = split(orthogonalise(merge(stacks), *settings), stacks)
+        else:
+            updates = [orthogonalise(stack, *settings) for stack in stacks]
+        for (shape, numbers), update in zip(by_shape.items(), updates):
+            rows, columns = shape
+            rate = group["lr"] * max(1, rows / columns)**0.5
+            update = update if rows <= columns else update.mT
+            torch._foreach_add_(
+                [parameters[i] for i in numbers], list(update.float()), alpha=-rate)
+
+
+def merge(stacks):
+    """Matrices of several shapes, each (n, rows, columns), as one stack, padded with zeros.
+
+    Zeros change no singular value, and a GPU launches a product for longer than it computes it.
+    """
+    rows = max(stack.shape[1] for stack in stacks)
+    columns = max(stack.shape[2] for stack in stacks)
+    return torch.cat([F.pad(stack, (0, columns - stack.shape[2], 0, rows - stack.shape[1]))
+                      for stack in stacks])
+
+
+def split(merged, stacks):
+    """Undoes `merge`."""
+    parts = merged.split([len(stack) for stack in stacks])
+    return [part[:, :stack.shape[1], :stack.shape[2]] for part, stack in zip(parts, stacks)]
 
 
 # ---------------------------------------------------------------------------- device and precision

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import constants as hub
+from tqdm import tqdm
 
 import common
 from common import UserError
@@ -153,10 +154,9 @@ class OneHot(nn.Module):
 class TextEncoder:
     """A frozen text model: CLIP's, or another encoder (T5, BERT). `length` is L; `dim` is D.
 
-    path: a folder or name as in `load_pretrained`, or <a run of --clip words>/words;
-    memory: bytes in which the features of captions are kept, for training, where captions repeat.
+    path: a folder or name as in `load_pretrained`, or <a run of --clip words>/words.
     """
-    def __init__(self, path, device="cpu", memory=0):
+    def __init__(self, path, device="cpu"):
         self.device = torch.device(device)
         self.is_clip = False
         if Path(path).name == "words":
@@ -178,18 +178,33 @@ class TextEncoder:
             if self.length < 1:
                 raise ValueError("it reads no tokens")
             self.encode(["a caf\u00e9 \u2603"])
-        self.kept = {}                                  # caption -> (features, token_mask)
-        self.capacity = memory // (4 * self.length * self.dim)
+        self.row_of = {}                                # caption -> its row of `kept`
+        self.kept = None                                # features and token_mask of `keep`
+
+    def keep(self, captions, memory=2**29):
+        """Encodes captions ahead, for training, if their features fit into `memory` bytes.
+
+        Captions repeat, and a GPU takes as long for the few new ones of a step as for hundreds.
+        """
+        captions = list(dict.fromkeys(["", *captions]))          # "" stands for dropped ones
+        if 4 * len(captions) * self.length * self.dim > memory:
+            return
+        features = torch.empty(len(captions), self.length, self.dim, device=self.device)
+        masks = torch.empty(features.shape[:2], dtype=torch.bool, device=self.device)
+        starts = range(0, len(captions), 512)
+        for first in tqdm(starts, "encoding captions", leave=False):
+            rows = slice(first, first + 512)
+            features[rows], masks[rows] = self.encode(captions[rows])
+        self.kept = features, masks
+        self.row_of = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions):
         """B captions -> features (B, L, D) float32, token_mask (B, L) bool."""
-        new = [text for text in dict.fromkeys(captions) if text not in self.kept]
-        if len(self.kept) + len(new) > self.capacity:
+        rows = [self.row_of.get(caption) for caption in captions]
+        if None in rows:
             return self.encode(captions)
-        if new:
-            self.kept.update(zip(new, zip(*self.encode(new))))
-        features, masks = zip(*(self.kept[text] for text in captions))
-        return torch.stack(features), torch.stack(masks)
+        rows = torch.tensor(rows).to(self.device, non_blocking=True)
+        return tuple(part[rows] for part in self.kept)
 
     @torch.no_grad()
     def encode(self, captions):

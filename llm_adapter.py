@@ -307,6 +307,8 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
     trained = {1: model["adapter"], 2: model, 3: model["uvit"]}[n].requires_grad_(True)
     optimizers = uvit_fusion.make_optimizers(trained, cfg)
     ema = copy.deepcopy(model)
+    parameters = list(model.parameters())
+    ema_parameters = list(ema.parameters())
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
                      base.precision, title=f"stage {n}", dataset=None if n == 1 else data)
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
@@ -329,7 +331,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
             nn.utils.clip_grad_norm_(trained.parameters(), cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
-        uvit_fusion.update_ema(ema, model, min(cfg.ema, step / (step + 10)))
+        uvit_fusion.update_ema(ema_parameters, parameters, min(cfg.ema, step / (step + 10)))
         run.log(step, loss=loss)
         if run.due(step):
             run.save(step)

@@ -296,6 +296,8 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     torch.manual_seed(cfg.seed)
     adapter = adapter_class(cfg, pipeline.text_encoder.dim).to(device)
     ema = copy.deepcopy(adapter).eval().requires_grad_(False)
+    parameters = list(adapter.parameters())
+    ema_parameters = list(ema.parameters())
     optimizers = uvit_fusion.make_optimizers(adapter, cfg, muon_names=("weight",))
     triples = [pairs[0] for _, pairs, _ in dataset.items]                     # (v, k)
     every_text = ["", *(text for pair in triples for text in pair), *texts]
@@ -333,10 +335,10 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
         adapter.zero_grad()
         loss.backward()
         if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(adapter.parameters(), cfg.grad_clip)
+            nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
-        uvit_fusion.update_ema(ema, adapter, min(cfg.ema, step / (step + 10)))
+        uvit_fusion.update_ema(ema_parameters, parameters, min(cfg.ema, step / (step + 10)))
         run.log(step, noise=noise, prompt=prompt, llm=llm_term)
         if run.due(step):
             run.save(step)

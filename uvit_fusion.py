@@ -373,6 +373,8 @@ class UViT(nn.Module):
     def denoise(self, x, t, y, mask, return_logits=False):
         """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S).
 
+        y, mask and the result may have k B rows, k captions for each image: the blocks before the
+        join see no caption, and run once for all k.
         return_logits: also a list of the attention logits of each joint block, (B, H, Q, K).
         """
         x = self.embed(x, t)                                                       # (B, 1 + N, D)
@@ -390,6 +392,9 @@ class UViT(nn.Module):
         for block in self.in_blocks[:self.image_blocks]:          # image only
             x = self.run_block(block, x)
             skips.append(x)
+        copies = len(y) // len(x)
+        x = x.repeat(copies, 1, 1)
+        skips = [skip.repeat(copies, 1, 1) for skip in skips]
         if not self.cross:                                        # join
             x = torch.cat([x[:, :1], y, x[:, 1:]], dim=1)
         for block in self.in_blocks[self.image_blocks:]:          # joint
@@ -564,7 +569,7 @@ def cfg_denoiser(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
         low, high = interval
         if w == 1 or not low <= t[0].item() / Diffusion.T <= high:
             return model.denoise(x, t, y, mask)
-        both = model.denoise(torch.cat([x, x]), torch.cat([t, t]), y_both, mask_both)
+        both = model.denoise(x, t, y_both, mask_both)             # two captions for each image
         cond, uncond = both.float().chunk(2)
         return uncond + w * (cond - uncond)
     return denoiser
@@ -758,10 +763,10 @@ def make_optimizers(model, cfg, muon_names=("block",)):
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay):
-    """ema = decay ema + (1 - decay) model, in place."""
+def update_ema(ema, parameters, decay):
+    """ema = decay ema + (1 - decay) parameters, in place: lists of tensors."""
     # one call for all tensors, not one for each
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_lerp_(ema, parameters, 1 - decay)
 
 
 def init_from_file(model, path):
@@ -800,25 +805,48 @@ def rank_0_first(rank, world_size):
         dist.barrier()
 
 
-def compile_network(model, device, wanted=None):
-    """torch.compile of `model`, or `model` itself where that does not work.
+def compile_network(network, device, wanted=None, cuda_graph=True):
+    """torch.compile of a module or function, or `network` itself where that does not work.
 
     wanted: None means on a GPU only, where launching small kernels takes longer than running them.
+    cuda_graph: on a GPU one graph launches all kernels; each call overwrites the last one's output.
     """
     if wanted is None:
         wanted = device.type == "cuda"
     if not wanted:
-        return model
+        return network
     mode = "default"
-    if device.type == "cuda" and not dist.is_initialized():      # DDP's hooks fit no CUDA graph
-        mode = "reduce-overhead"                                 # one graph launches all kernels
+    # DDP's hooks fit no CUDA graph
+    if device.type == "cuda" and cuda_graph and not dist.is_initialized():
+        mode = "reduce-overhead"
     try:
         # a small layer tells within seconds whether there is a compiler
         torch.compile(nn.Linear(8, 8).to(device))(torch.zeros(1, 8, device=device))
-        return torch.compile(model, mode=mode)
+        return torch.compile(network, mode=mode)
     except Exception as error:                                   # compilers fail in many ways
         print(f"torch.compile does not work here, so it goes on without ({common.say_why(error)})")
-        return model
+        return network
+
+
+def backward(network, pipeline, x_0, text, mask):
+    """Draws t and noise for a batch and adds up the gradients of its loss; returns the loss.
+
+    x_0 (B, C, S, S), text (B, L, text_dim), mask (B, L). The batch is taken in cfg.accumulate
+    parts, one after the other, which need less memory.
+    """
+    cfg = pipeline.cfg
+    t = pipeline.diffusion.sample_timesteps(len(x_0), cfg.time_power, pipeline.device)
+    eps = torch.randn_like(x_0)
+    losses = []
+    rows = len(x_0) // cfg.accumulate
+    for first in range(0, len(x_0), rows):
+        part = slice(first, first + rows)
+        with common.autocast(pipeline.device, pipeline.precision):
+            loss = diffusion_loss(network, pipeline.diffusion, x_0[part], t[part], eps[part],
+                                  text[part], mask[part])
+        (loss / cfg.accumulate).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean()
 
 
 def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
@@ -826,7 +854,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
 
     args: of `main`, for its resume, overwrite, workers, compile and validation_samples.
     """
-    text_encoder = encoders.TextEncoder(cfg.clip, device, memory=2**29)
+    text_encoder = encoders.TextEncoder(cfg.clip, device)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
     vae = autoencoder.load_for(cfg, device)
     torch.manual_seed(cfg.seed)
@@ -834,6 +862,9 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     if cfg.init not in ("fan_in", "published"):
         init_from_file(model, cfg.init)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    # lists, since each walk through the modules would take a millisecond of a step
+    parameters = list(model.parameters())
+    ema_parameters = list(ema.parameters())
     optimizers = make_optimizers(model, cfg)
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
     # before latents are computed: bad data stop here, not after hours
@@ -848,32 +879,24 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
                                 args.workers, rank, world_size)
     validation.start_clock()
+    text_encoder.keep(caption for _, texts, _ in dataset.items for caption in texts)
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
         torch.manual_seed((cfg.seed * 10**9 + step) * world_size + rank)
         set_learning_rate(optimizers, cfg, step)
         x_0 = pipeline.encode(images)                                            # (B, C, S, S)
         text, mask = text_encoder(drop_captions(captions, cfg.caption_dropout))
-        t = pipeline.diffusion.sample_timesteps(len(x_0), cfg.time_power, device)
-        eps = torch.randn_like(x_0)
-        model.zero_grad()
-        losses = []
-        rows = len(x_0) // cfg.accumulate
-        for first in range(0, len(x_0), rows):                   # gradient accumulation
-            part = slice(first, first + rows)
-            with common.autocast(device, precision):
-                loss = diffusion_loss(network, pipeline.diffusion, x_0[part], t[part], eps[part],
-                                      text[part], mask[part])
-            (loss / cfg.accumulate).backward()
-            losses.append(loss.detach())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = backward(network, pipeline, x_0, text, mask)
         if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         for optimizer in optimizers:
             optimizer.step()
         decay = min(cfg.ema, step / (step + 10)) if cfg.ema_warmup else cfg.ema
-        update_ema(ema, model, decay)
+        update_ema(ema_parameters, parameters, decay)
         measured = validation.at(step) if rank == 0 else {}
-        run.log(step, loss=torch.stack(losses).mean(), **measured)
+        run.log(step, loss=loss, **measured)
         if step in cfg.snapshot_at and rank == 0:
             common.save_tensors(ema.state_dict(), Path(folder) / f"step{step}.safetensors")
         if run.due(step):

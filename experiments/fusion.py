@@ -250,10 +250,14 @@ class TrainingStep:
         torch.manual_seed(0)
         self.model = UViT(cfg).to(device)
         self.network = uvit_fusion.compile_network(self.model, device, compiled)
+        self.sampler = UViT(cfg).to(device)
+        self.sampler.denoise = uvit_fusion.compile_network(
+            self.sampler.denoise, device, compiled, cuda_graph=False)
         self.optimizers = uvit_fusion.make_optimizers(self.model, cfg)
         self.inputs = random_inputs(cfg, batch_size, device)
         # to generate a whole batch would take a CPU minutes
-        self.few_inputs = random_inputs(cfg, max(1, batch_size // 8), device)
+        few = batch_size if device.type == "cuda" else max(1, batch_size // 8)
+        self.few_inputs = random_inputs(cfg, few, device)
         self.diffusion = Diffusion(cfg.schedule, cfg.target)
         self.device = device
         self.precision = precision
@@ -272,7 +276,8 @@ class TrainingStep:
         """Generates an eighth of a batch, in guided steps."""
         x, _, text, mask = self.few_inputs
         with common.autocast(self.device, self.precision):
-            denoiser = uvit_fusion.cfg_denoiser(self.model, text, mask, text[:1], mask[:1], 3.0)
+            denoiser = uvit_fusion.cfg_denoiser(
+                self.sampler, text, mask, text[:1], mask[:1], 3.0)
             self.diffusion.sample(denoiser, x, steps)
 
 
@@ -289,11 +294,13 @@ def step_costs(variants, batch_size, device, precision, compiled=False, rounds=1
             ms[name].append(milliseconds(step, device))
     costs = {}
     for name, step in steps.items():
+        step.sample(1)                                                    # to warm up
+        sample_ms = milliseconds(step.sample, device)
         costs[name] = {
             "parameters": sum(p.numel() for p in step.model.parameters()),
             "gflops": forward_flops(variants[name]) / 1e9,
             "ms": float(np.median(ms[name][2:])),                         # without the warm-up
-            "sample_ms": milliseconds(step.sample, device) / len(step.few_inputs[0]),
+            "sample_ms": sample_ms / len(step.few_inputs[0]),
         }
     return costs
 
@@ -309,7 +316,10 @@ def cost(args, device, precision):
     small = cost_table("toy", two, Config().batch_size, 40, args, device, precision)
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
-    figures = cost_table("coco", SWEEP, batch_size, 8, args, device, precision)
+    sweep = SWEEP
+    if args.compile or (args.compile is None and on_gpu):                 # takes a minute a row
+        sweep = {name: SWEEP[name] for name in ("early", "intermediate")}
+    figures = cost_table("coco", sweep, batch_size, 8, args, device, precision)
     figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
     figures |= {f"toy_{name}": value for name, value in small.items()}
     figures |= single_changes(device, precision)
@@ -335,7 +345,8 @@ def single_changes(device, precision):
         parameter.grad = torch.randn_like(parameter)
     data = toy.prepare(cfg.data, cfg.clip)
     _, captions, _ = judge.validation_scenes(data, cfg.batch_size)
-    text_encoder = encoders.TextEncoder(cfg.clip, device, memory=2**29)
+    text_encoder = encoders.TextEncoder(cfg.clip, device)
+    text_encoder.keep(captions)
     q = torch.randn(cfg.batch_size, cfg.heads, 57, cfg.dim // cfg.heads, device=device,
                     dtype=precision, requires_grad=True)
     calls = {

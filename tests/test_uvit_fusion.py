@@ -190,6 +190,18 @@ def test_caption_blocks_see_no_time_and_run_once_a_prompt():
     assert seen == ["caption"] * 2 + ["image"] * 10       # of the prompts, and of the empty one
 
 
+@pytest.mark.parametrize("fusion", ["concat", "cross"])
+def test_the_blocks_before_the_join_run_once_for_all_captions_of_an_image(fusion):
+    model, _ = network(fusion=fusion)
+    x, t, text, mask = inputs()
+    rows = []
+    model.in_blocks[0].register_forward_hook(lambda *args: rows.append(len(args[-1])))
+    y = model.encode_text(torch.cat([text, -text]), torch.cat([mask, mask]))
+    both = model.denoise(x, t, y, torch.cat([mask, mask]))
+    expected = torch.cat([model(x, t, text, mask), model(x, t, -text, mask)])
+    assert rows == [3, 3, 3] and torch.allclose(both, expected, atol=1e-5)
+
+
 def test_the_time_embedding_is_cosines_then_sines():
     embedding = uvit_fusion.timestep_embedding(torch.tensor([0, 3]), 4)
     expected = [[1, 1, 0, 0], [math.cos(3), math.cos(0.03), math.sin(3), math.sin(0.03)]]
