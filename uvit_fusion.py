@@ -393,8 +393,9 @@ class UViT(nn.Module):
             x = self.run_block(block, x)
             skips.append(x)
         copies = len(y) // len(x)
-        x = x.repeat(copies, 1, 1)
-        skips = [skip.repeat(copies, 1, 1) for skip in skips]
+        if copies > 1:
+            x = x.repeat(copies, 1, 1)
+            skips = [skip.repeat(copies, 1, 1) for skip in skips]
         if not self.cross:                                        # join
             x = torch.cat([x[:, :1], y, x[:, 1:]], dim=1)
         for block in self.in_blocks[self.image_blocks:]:          # joint
