@@ -823,7 +823,8 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
     try:
         # a small layer tells within seconds whether there is a compiler
         torch.compile(nn.Linear(8, 8).to(device))(torch.zeros(1, 8, device=device))
-        return torch.compile(network, mode=mode)
+        # with symbolic sizes a second network in one process failed in PyTorch 2.11
+        return torch.compile(network, mode=mode, dynamic=False)
     except Exception as error:                                   # compilers fail in many ways
         print(f"torch.compile does not work here, so it goes on without ({common.say_why(error)})")
         return network

@@ -713,7 +713,7 @@ def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
     assert uvit_fusion.compile_network(model, CPU, True) is model
     assert "goes on without (no C++ compiler)" in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: options)
-    assert uvit_fusion.compile_network(model, CPU, True)(0) == {"mode": "default"}
+    assert uvit_fusion.compile_network(model, CPU, True)(0) == {"mode": "default", "dynamic": False}
 
 
 @pytest.mark.parametrize("flags", [
