@@ -881,7 +881,8 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
                                 args.workers, rank, world_size)
     validation.start_clock()
-    text_encoder.keep(caption for _, texts, _ in dataset.items for caption in texts)
+    if run.start < cfg.steps:
+        text_encoder.keep(caption for _, texts, _ in dataset.items for caption in texts)
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
         torch.manual_seed((cfg.seed * 10**9 + step) * world_size + rank)
