@@ -221,7 +221,7 @@ def orthogonalise(x, coefficients, steps, eps):
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, but matrices of one shape, on a GPU of all shapes, take one product."""
+    """PyTorch's Muon, but one product takes all matrices of a shape; on a GPU, of all shapes."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -250,21 +250,21 @@ class Muon(torch.optim.Muon):
             stacks.append(stack if rows <= columns else stack.mT.contiguous())
         settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
         if parameters[0].is_cuda:
-            updates = split(orthogonalise(merge(stacks), *settings), stacks)
+            updates = unstack(orthogonalise(pad_and_stack(stacks), *settings), stacks)
         else:
             updates = [orthogonalise(stack, *settings) for stack in stacks]
-        for (shape, numbers), update in zip(by_shape.items(), updates):
-            rows, columns = shape
+        for ((rows, columns), numbers), update in zip(by_shape.items(), updates):
             rate = group["lr"] * max(1, rows / columns)**0.5
             update = update if rows <= columns else update.mT
             torch._foreach_add_(
                 [parameters[i] for i in numbers], list(update.float()), alpha=-rate)
 
 
-def merge(stacks):
+def pad_and_stack(stacks):
     """Matrices of several shapes, each (n, rows, columns), as one stack, padded with zeros.
 
-    Zeros change no singular value, and a GPU launches a product for longer than it computes it.
+    Zeros only add singular values of 0. To launch a product on a GPU takes longer than to compute
+    one of small matrices; large ones of unlike shapes would cost memory and time.
     """
     rows = max(stack.shape[1] for stack in stacks)
     columns = max(stack.shape[2] for stack in stacks)
@@ -272,9 +272,9 @@ def merge(stacks):
                       for stack in stacks])
 
 
-def split(merged, stacks):
-    """Undoes `merge`."""
-    parts = merged.split([len(stack) for stack in stacks])
+def unstack(padded, stacks):
+    """Undoes `pad_and_stack`."""
+    parts = padded.split([len(stack) for stack in stacks])
     return [part[:, :stack.shape[1], :stack.shape[2]] for part, stack in zip(parts, stacks)]
 
 
@@ -294,6 +294,12 @@ def synchronize(device):
     """Waits until a GPU has finished, so that a clock can be read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def to_device(tensor, device):
+    """A tensor on the CPU -> on `device`; a GPU copies it when it gets there, and no one waits."""
+    # not so on MPS, which would read the memory of a tensor that is gone
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def matmul_rate(device, dtype, size):

@@ -179,12 +179,13 @@ class TextEncoder:
                 raise ValueError("it reads no tokens")
             self.encode(["a caf\u00e9 \u2603"])
         self.row_of = {}                                # caption -> its row of `kept`
-        self.kept = None                                # features and token_mask of `keep`
+        self.kept = None                                # features (N, L, D), token_mask (N, L)
 
-    def keep(self, captions, memory=2**29):
+    def keep(self, captions, memory=2**29, progress=True):
         """Encodes captions ahead, for training, if their features fit into `memory` bytes.
 
         Captions repeat, and a GPU takes as long for the few new ones of a step as for hundreds.
+        The default is just enough for the toy world and its tiny CLIP.
         """
         captions = list(dict.fromkeys(["", *captions]))          # "" stands for dropped ones
         if 4 * len(captions) * self.length * self.dim > memory:
@@ -192,7 +193,7 @@ class TextEncoder:
         features = torch.empty(len(captions), self.length, self.dim, device=self.device)
         masks = torch.empty(features.shape[:2], dtype=torch.bool, device=self.device)
         starts = range(0, len(captions), 512)
-        for first in tqdm(starts, "encoding captions", leave=False):
+        for first in tqdm(starts, "encoding captions", leave=False, disable=not progress):
             rows = slice(first, first + 512)
             features[rows], masks[rows] = self.encode(captions[rows])
         self.kept = features, masks
@@ -203,12 +204,12 @@ class TextEncoder:
         rows = [self.row_of.get(caption) for caption in captions]
         if None in rows:
             return self.encode(captions)
-        rows = torch.tensor(rows).to(self.device, non_blocking=True)
+        rows = common.to_device(torch.tensor(rows), self.device)
         return tuple(part[rows] for part in self.kept)
 
     @torch.no_grad()
     def encode(self, captions):
-        """`__call__` without memory.
+        """What `__call__` returns, computed anew.
 
         Padded to L, as the published U-ViT was trained. Padding does not change the features of a
         caption: CLIP attends causally, the others get the mask. Longer captions are cut off.

@@ -307,7 +307,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
     trained = {1: model["adapter"], 2: model, 3: model["uvit"]}[n].requires_grad_(True)
     optimizers = uvit_fusion.make_optimizers(trained, cfg)
     ema = copy.deepcopy(model)
-    parameters = list(model.parameters())
+    parameters = list(model.parameters())           # lists: see `uvit_fusion.train`
     ema_parameters = list(ema.parameters())
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
                      base.precision, title=f"stage {n}", dataset=None if n == 1 else data)

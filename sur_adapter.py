@@ -296,7 +296,7 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     torch.manual_seed(cfg.seed)
     adapter = adapter_class(cfg, pipeline.text_encoder.dim).to(device)
     ema = copy.deepcopy(adapter).eval().requires_grad_(False)
-    parameters = list(adapter.parameters())
+    parameters = list(adapter.parameters())                  # lists: see `uvit_fusion.train`
     ema_parameters = list(ema.parameters())
     optimizers = uvit_fusion.make_optimizers(adapter, cfg, muon_names=("weight",))
     triples = [pairs[0] for _, pairs, _ in dataset.items]                     # (v, k)

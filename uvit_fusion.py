@@ -373,8 +373,8 @@ class UViT(nn.Module):
     def denoise(self, x, t, y, mask, return_logits=False):
         """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S).
 
-        y, mask and the result may have k B rows, k captions for each image: the blocks before the
-        join see no caption, and run once for all k.
+        y, mask and the result may have k B rows: first captions of all images, then second ones,
+        and so on. The blocks before the join see no caption, and run once for all k.
         return_logits: also a list of the attention logits of each joint block, (B, H, Q, K).
         """
         x = self.embed(x, t)                                                       # (B, 1 + N, D)
@@ -559,7 +559,7 @@ def cfg_denoiser(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
 
     text (B, L, text_dim) and mask (B, L) are of the prompts, null (1, L, text_dim) and null_mask of
     the empty (or negative) prompt. interval: guide where t / T lies within (Kynkaanniemi et al.
-    2024); elsewhere cond is predicted alone, at half the cost.
+    2024); elsewhere cond is predicted alone, at about half the cost.
     """
     y = model.encode_text(text, mask)                            # once per prompt
     y_null = model.encode_text(null, null_mask).expand(len(text), -1, -1)
@@ -659,7 +659,7 @@ class Pipeline:
         images: pixels, uint8 (B, 3, H, W), or the moments of latents, (B, 2, C, S, S).
         sample=False: the mean of the latents, not a draw.
         """
-        images = images.to(self.device, non_blocking=True)
+        images = common.to_device(images, self.device)
         if self.vae is None:
             return image_data.to_float(images)
         moments = images
@@ -833,8 +833,8 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
 def backward(network, pipeline, x_0, text, mask):
     """Draws t and noise for a batch and adds up the gradients of its loss; returns the loss.
 
-    x_0 (B, C, S, S), text (B, L, text_dim), mask (B, L). The batch is taken in cfg.accumulate
-    parts, one after the other, which need less memory.
+    network: the U-ViT in training, perhaps compiled (pipeline.model is its average). x_0 (B, C, S,
+    S), text (B, L, text_dim), mask (B, L); taken in cfg.accumulate parts, which need less memory.
     """
     cfg = pipeline.cfg
     t = pipeline.diffusion.sample_timesteps(len(x_0), cfg.time_power, pipeline.device)
@@ -875,14 +875,16 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    network = compile_network(model, device, args.compile)       # shares the weights of model
+    # shares the weights of model; a CUDA graph cannot add to the gradients of an earlier part
+    network = compile_network(model, device, args.compile, cuda_graph=cfg.accumulate == 1)
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
                                 args.workers, rank, world_size)
     validation.start_clock()
     if run.start < cfg.steps:
-        text_encoder.keep(caption for _, texts, _ in dataset.items for caption in texts)
+        every_caption = [caption for _, texts, _ in dataset.items for caption in texts]
+        text_encoder.keep(every_caption, progress=rank == 0)
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
         torch.manual_seed((cfg.seed * 10**9 + step) * world_size + rank)

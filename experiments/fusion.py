@@ -250,6 +250,7 @@ class TrainingStep:
         torch.manual_seed(0)
         self.model = UViT(cfg).to(device)
         self.network = uvit_fusion.compile_network(self.model, device, compiled)
+        # another network: a compiled `denoise` within a compiled `forward` would be compiled twice
         self.sampler = UViT(cfg).to(device)
         self.sampler.denoise = uvit_fusion.compile_network(
             self.sampler.denoise, device, compiled, cuda_graph=False)
@@ -273,7 +274,7 @@ class TrainingStep:
 
     @torch.no_grad()
     def sample(self, steps=20):
-        """Generates an eighth of a batch, in guided steps."""
+        """Generates from `few_inputs`, in guided steps."""
         x, _, text, mask = self.few_inputs
         with common.autocast(self.device, self.precision):
             denoiser = uvit_fusion.cfg_denoiser(
@@ -317,7 +318,7 @@ def cost(args, device, precision):
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     sweep = SWEEP
-    if args.compile or (args.compile is None and on_gpu):                 # takes a minute a row
+    if args.compile or (args.compile is None and on_gpu):                 # a minute a row
         sweep = {name: SWEEP[name] for name in ("early", "intermediate")}
     figures = cost_table("coco", sweep, batch_size, 8, args, device, precision)
     figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every GPU figure of the tables, in under 8 minutes on one H100: bash experiments/gpu.sh [folder]
+# The present figures of a GPU, for the tables of docs/speed.md: bash experiments/gpu.sh [folder]
 # Data and the tiny CLIP of the toy world are built first, if they are not there (2 min on a CPU).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -698,9 +698,9 @@ def test_matrices_of_all_shapes_are_orthogonalised_in_one_product():
     torch.manual_seed(0)
     stacks = [torch.randn(3, 4, 12), torch.randn(2, 4, 4), torch.randn(1, 6, 8)]
     settings = (3.4445, -4.775, 2.0315), 5, 1e-7
-    merged = common.orthogonalise(common.merge(stacks), *settings)
+    merged = common.orthogonalise(common.pad_and_stack(stacks), *settings)
     assert merged.shape == (6, 6, 12)
-    for found, stack in zip(common.split(merged, stacks), stacks, strict=True):
+    for found, stack in zip(common.unstack(merged, stacks), stacks, strict=True):
         expected = common.orthogonalise(stack, *settings)
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03)            # in bf16
 

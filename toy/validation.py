@@ -63,7 +63,7 @@ class Validation:
 
     def report_speed(self):
         """Prints and writes to results.json the ms a step, and when 80 % were right."""
-        # without the first tenth, in which images are decoded and a network is compiled
+        # without the first tenth, in which captions are encoded, images decoded, networks compiled
         steps = self.every * (len(self.curve) - 2)
         if not steps:                                    # a single validation
             return
