@@ -65,6 +65,20 @@ def test_each_image_is_the_one_that_its_prompt_gives_with_the_flags(folder, pipe
         assert np.abs(grid(folder, f"prompts_{i:04d}.png").astype(int) - expected[i]).max() <= 1
 
 
+def test_a_compiled_network_draws_the_same(folder, monkeypatch):
+    compiled = []
+
+    def stand_in(network, **options):
+        compiled.append(network)
+        return network
+    run("sample.py", "two red circles", *FEW, cwd=folder)
+    first = grid(folder)
+    monkeypatch.setattr(torch, "compile", stand_in)
+    status, _, errors = run("sample.py", "two red circles", "--compile", *FEW, cwd=folder)
+    assert status == 0, errors
+    assert compiled[-1].__name__ == "denoise" and np.array_equal(grid(folder), first)
+
+
 def test_a_trajectory_shows_every_step_of_every_image(folder, monkeypatch):
     calls = []
     monkeypatch.setattr(common, "image_grid", lambda *args, **kwargs: calls.append((args, kwargs)))
