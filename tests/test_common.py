@@ -518,6 +518,7 @@ def test_any_encoder_of_text_gives_the_features_of_a_caption_without_its_padding
 def test_an_encoder_reads_77_tokens_at_the_most(llms, tmp_path):
     shutil.copytree(llms["T5ForConditionalGeneration"], tmp_path / "t5")
     change_json(tmp_path / "t5" / "tokenizer_config.json", model_max_length=512)
+    change_json(tmp_path / "t5" / "config.json", max_position_embeddings=512)
     assert encoders.TextEncoder(tmp_path / "t5")(["a man"])[0].shape == (1, 77, 32)
 
 
