@@ -229,10 +229,12 @@ class Muon(torch.optim.Muon):
             if not parameters:
                 continue
             gradients = [p.grad for p in parameters]
+            buffers = []
             for parameter in parameters:
-                if not self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffers.append(state["momentum_buffer"])
             torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
             directions = torch._foreach_lerp(gradients, buffers, group["momentum"])
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -297,8 +299,8 @@ def synchronize(device):
 
 
 def to_device(tensor, device):
-    """A tensor on the CPU -> on `device`; a GPU copies it when it gets there, and no one waits."""
-    # not so on MPS, which would read the memory of a tensor that is gone
+    """A tensor on the CPU -> on `device`, without waiting for a GPU to finish earlier work."""
+    # MPS must wait: it would read the memory of a tensor that is gone
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

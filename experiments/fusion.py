@@ -318,7 +318,8 @@ def cost(args, device, precision):
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     sweep = SWEEP
-    if args.compile or (args.compile is None and on_gpu):                 # a minute a row
+    # to compile takes a minute a row
+    if args.compile or (args.compile is None and on_gpu):
         sweep = {name: SWEEP[name] for name in ("early", "intermediate")}
     figures = cost_table("coco", sweep, batch_size, 8, args, device, precision)
     figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
@@ -335,8 +336,8 @@ def cost(args, device, precision):
 def single_changes(device, precision):
     """What makes a step of the toy training fast, each measured without and with it, in ms.
 
-    muon: matrices of a shape in one product; text: features of captions are kept; attention: the
-    faster kernel, forward and backward.
+    muon: many matrices in one product; text: features of captions are kept; attention: the faster
+    kernel, forward and backward.
     """
     cfg = Config()
     torch.manual_seed(0)
@@ -366,8 +367,8 @@ def single_changes(device, precision):
     rows = [["ms", "without", "with"]]
     for name in ("muon", "text", "attention"):
         rows.append([name, figures[f"{name}_without_ms"], figures[f"{name}_ms"]])
-    common.print_table(rows, "Muon in one product a shape, kept features of captions, the "
-                       f"faster attention: one change at a time, {common.machine()}")
+    common.print_table(rows, "Muon's many matrices in one product, kept features of captions, "
+                       f"the faster attention: one change at a time, {common.machine()}")
     return figures
 
 
