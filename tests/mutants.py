@@ -315,6 +315,8 @@ MUTANTS = {
          "self.row_of = {", "rows = {"),
         ("another caption's features", "encoders.TextEncoder.__call__",
          "tuple(part[rows]", "tuple(part[rows - 1]"),
+        ("freed memory is given back", "common.keep_freed_memory",
+         "mallopt(-3, 2**25)", "mallopt(-3, 2**17)"),
         ("a tall matrix is not turned", "common.Muon.update",
          "stacks.append(stack if rows <= columns", "stacks.append(stack if True"),
         ("padding of rows alone", "common.pad_and_stack", "columns - stack.shape[2]", "0"),

@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Literal
@@ -68,6 +70,30 @@ def test_a_folder_in_any_of_these_layouts_is_images_with_captions(
     assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
     assert caption in texts and broken == ""
     assert dataset[1, 7][1] == caption                           # the seed decides
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_not_asked_for_again():
+    code = """
+import ctypes, resource, torch, common
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.ones(2**20) for _ in range(8)]      # 4 MB each
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)                  # where glibc begins
+given_back = page_faults()
+common.keep_freed_memory()
+page_faults()
+print(given_back, page_faults())
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                             cwd=Path(common.__file__).parent, check=True).stdout
+    given_back, kept = map(int, printed.split())
+    assert given_back > 1000 and kept < given_back / 20
 
 
 def test_every_image_comes_once_an_epoch_with_changing_captions(coco):
