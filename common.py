@@ -62,19 +62,6 @@ def entry(main):
     sys.exit(2)
 
 
-def keep_freed_memory():
-    """Makes the C library keep memory that was freed, up to 2 GB, for the next tensors.
-
-    glibc gives freed blocks of a few MB back to the system, which clears each page anew when the
-    next step asks for it: 10 000 pages a step, 8 % of a training step on a CPU and a quarter of
-    sampling. Other C libraries stay as they are.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not Linux; not glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: the most it may be
-        mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
-
-
 def system_failure(error):
     """What to do about an error that is not of the program's making; "" for any other error."""
     text = str(error)
@@ -305,6 +292,19 @@ def pick_device(name="auto"):
             raise ValueError("choose cpu, cuda or mps")
         torch.zeros(1, device=name)
         return torch.device(name)
+
+
+def keep_freed_memory():
+    """Makes the C library keep memory that was freed, up to 2 GB, for the next tensors.
+
+    glibc gives freed blocks of a few MB back to the system, which clears them, page by page, when
+    the next step asks for memory. Without that the toy world's training steps are 5 % shorter on a
+    CPU, and sampling a quarter. Other C libraries stay as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not Linux; not glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: the most it may be
+        mallopt(-1, 2**31 - 1)                          # M_TRIM_THRESHOLD
 
 
 def synchronize(device):

@@ -104,6 +104,7 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks only
     lr: float = 1e-3  # highest learning rate of AdamW
     muon_lr: float = 0.01  # highest learning rate of Muon
+    muon_text: bool = False  # Muon also for the layer that reads the text features
     warmup: int = 200  # steps of linear warm-up
     decay: float = 1.0  # share of the steps, at the end, in which the rate falls to 0 (cosine)
     weight_decay: float = 0.03  # of either optimizer, on every parameter
@@ -868,7 +869,8 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     # lists, since each walk through the modules would take a millisecond of a step
     parameters = list(model.parameters())
     ema_parameters = list(ema.parameters())
-    optimizers = make_optimizers(model, cfg)
+    muon_names = ("block", "context_embed") if cfg.muon_text else ("block",)
+    optimizers = make_optimizers(model, cfg, muon_names)
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
     # before latents are computed: bad data stop here, not after hours
     validation = Validation(pipeline, data, folder, args.validation_samples)
