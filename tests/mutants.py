@@ -223,6 +223,8 @@ MUTANTS = {
          "highest * learning_rate(cfg, step)", "highest"),
         ("Muon for all matrices", "uvit_fusion.make_optimizers",
          "parameter.ndim == 2 and is_named", "parameter.ndim == 2"),
+        ("the reading of text is AdamW's", "uvit_fusion.train",
+         "if cfg.muon_text", "if False"),
         ("weights without an optimizer", "uvit_fusion.make_optimizers",
          "rest.append(parameter)", "pass"),
         ("the average takes the weights as they are", "uvit_fusion.update_ema",

@@ -616,6 +616,19 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert len(only.param_groups[0]["params"]) == len(matrices) + len(rest)
 
 
+@pytest.mark.parametrize("muon_text", [False, True])
+def test_muon_trains_the_reading_of_text_where_it_is_told_to(
+        tmp_path, coco, clip_folder, muon_text):
+    cfg = tiny_cfg(clip_folder, **PLAIN | dict(
+        optimizer="muon", muon_text=muon_text, init="published", lr=1e-12, weight_decay=0.0))
+    torch.manual_seed(cfg.seed)
+    first = UViT(cfg).state_dict()
+    last = train(cfg, coco, tmp_path / "run").model.state_dict()
+    moved = {name for name in first if (last[name] - first[name]).abs().max() > 1e-6}
+    assert "mid_block.attn.proj.weight" in moved and "decoder_pred.weight" not in moved
+    assert ("context_embed.weight" in moved) == muon_text
+
+
 @pytest.mark.parametrize("caption_blocks", [0, 1])
 def test_a_training_can_start_from_published_weights(tmp_path, coco, clip_folder, caption_blocks):
     """The published U-ViT has no caption blocks; another run may have them."""
