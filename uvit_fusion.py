@@ -101,7 +101,7 @@ class Config:
     batch_size: int = 64  # images a step
     steps: int = 3500  # training steps
     time_power: float = 0.3  # t = T u^power, u uniform: below 1 draws more noise
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks only
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # highest learning rate of AdamW
     muon_lr: float = 0.01  # highest learning rate of Muon
     muon_text: bool = False  # Muon also for the layer that reads the text features

@@ -72,30 +72,6 @@ def test_a_folder_in_any_of_these_layouts_is_images_with_captions(
     assert dataset[1, 7][1] == caption                           # the seed decides
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_not_asked_for_again():
-    code = """
-import ctypes, resource, torch, common
-
-def page_faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        tensors = [torch.ones(2**20) for _ in range(8)]      # 4 MB each
-        del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)                  # where glibc begins
-given_back = page_faults()
-common.keep_freed_memory()
-page_faults()
-print(given_back, page_faults())
-"""
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                             cwd=Path(common.__file__).parent, check=True).stdout
-    given_back, kept = map(int, printed.split())
-    assert given_back > 1000 and kept < given_back / 20
-
-
 def test_every_image_comes_once_an_epoch_with_changing_captions(coco):
     dataset = CaptionedImages(coco, "train", 16)
     batches = list(image_data.batches(dataset, 4, 0, 6, seed=0))
@@ -1144,6 +1120,30 @@ def test_whatever_reading_a_file_raises_is_one_line_but_the_wish_to_stop():
         with pytest.raises(type(error), match=str(error)):
             with common.reading("a.json", "copy it again"):
                 raise error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_not_asked_for_again():
+    code = """
+import ctypes, resource, torch, common
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.ones(2**20) for _ in range(8)]      # 4 MB each
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+ctypes.CDLL("libc.so.6").mallopt(-3, 2**17)                  # where glibc begins
+given_back = page_faults()
+common.keep_freed_memory()
+page_faults()
+print(given_back, page_faults())
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                             cwd=Path(common.__file__).parent, check=True).stdout
+    given_back, kept = map(int, printed.split())
+    assert given_back > 1000 and kept < given_back / 20
 
 
 def test_device_and_precision_are_the_asked_ones():
