@@ -1,7 +1,7 @@
 """Grades any run that draws: by the exact judge, by noise level, or by CLIP score, CMMD, FID.
 
     python eval.py                         # 2 048 held-out captions, graded by the exact judge
-    python eval.py --run runs/uvit_fusion/step2000.safetensors --samples 512
+    python eval.py --run runs/uvit_fusion/step1400.safetensors --samples 512
     python eval.py --by-noise              # at which noise levels a wrong word raises the loss
     python eval.py --quality               # CLIP score and CMMD; for the toy world, by its CLIP
     python eval.py --quality --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth \\

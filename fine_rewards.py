@@ -72,7 +72,7 @@ REWARDS = ("caption", "sam", "clip", "aesthetic")
 @dataclass
 class Config:
     # the experts
-    base: str = "runs/uvit_fusion/step2000.safetensors"  # run of uvit_fusion.py to tune, or weights
+    base: str = "runs/uvit_fusion/step1400.safetensors"  # run of uvit_fusion.py to tune, or weights
     captioner: str = "runs/toy/captioner"  # image captioner: a folder, or a name on the hub
     segmenter: str = "runs/toy/segmenter"  # semantic or universal: names the parts
     sam: str = ""  # Segment Anything model that finds the parts (default: the segmenter finds them)

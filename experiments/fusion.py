@@ -29,7 +29,7 @@ from toy import judge
 from toy.validation import time_until
 from uvit_fusion import PRESETS, Config, Diffusion, UViT
 
-# where image_blocks and caption_blocks are missing, they are those of the preset
+# for preset deep; where image_blocks and caption_blocks are missing, they are those of the preset
 VARIANTS = {
     "early": {"fusion": "concat", "image_blocks": 0, "caption_blocks": 0},
     "intermediate": {"fusion": "concat"},

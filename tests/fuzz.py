@@ -337,7 +337,7 @@ def base_commands(folder, clip):
         num_attention_heads=2, max_position_embeddings=64)).save_pretrained(llm)
     tokenizer.save_pretrained(llm)
     base = save_run(tiny_pipeline(clip, size=24, patch=8), folder / "runs" / "uvit_fusion")
-    shutil.copy(base / "model.safetensors", base / "step2000.safetensors")
+    shutil.copy(base / "model.safetensors", base / "step1400.safetensors")
     shutil.copytree(folder / "lists", folder / "data")
     train = ["--train", "--overwrite", "--data", "data", "--batch-size", "2"]
     adapter = [*train, "--llm", llm, *device]

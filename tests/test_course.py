@@ -196,7 +196,7 @@ def test_a_slip_is_one_line(project, monkeypatch, capsys, arguments, words):
 def test_weights_are_packed_without_what_only_a_resumed_training_needs(
         project, tmp_path, monkeypatch, capsys):
     names = ["runs/uvit_fusion/config.json", "runs/uvit_fusion/model.safetensors",
-             "runs/uvit_fusion/step2000.safetensors", "runs/toy/clip/vocabulary.txt"]
+             "runs/uvit_fusion/step1400.safetensors", "runs/toy/clip/vocabulary.txt"]
     for name in [*names, "runs/uvit_fusion/state.pt"]:
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(name)

@@ -37,7 +37,7 @@ def toy_run(tmp_path_factory, clip_folder, toy_data):
     folder = tmp_path_factory.mktemp("work")
     pipeline = tiny_pipeline(clip_folder, size=24, patch=8, data=str(toy_data))
     save_run(pipeline, folder / "runs" / "uvit_fusion")
-    weights = folder / "runs/uvit_fusion/step2000.safetensors"
+    weights = folder / "runs/uvit_fusion/step1400.safetensors"
     common.save_tensors(pipeline.model.state_dict(), weights)
     return folder
 
@@ -67,11 +67,11 @@ def test_own_data_have_no_exact_grade_but_a_quality(toy_run, coco):
 def test_the_grade_of_a_snapshot_does_not_replace_that_of_its_run(toy_run):
     before = (toy_run / "runs" / "uvit_fusion" / "results.json")
     before.unlink(missing_ok=True)
-    flags = ["--run", "runs/uvit_fusion/step2000.safetensors", "--samples", 4, "--sample-steps", 1]
+    flags = ["--run", "runs/uvit_fusion/step1400.safetensors", "--samples", 4, "--sample-steps", 1]
     status, out, errors = run("eval.py", *flags, *DEVICE, cwd=toy_run)
-    assert status == 0 and "step2000.safetensors: 4 held-out captions" in out, errors
+    assert status == 0 and "step1400.safetensors: 4 held-out captions" in out, errors
     assert not before.exists()
-    assert results(toy_run / "runs" / "uvit_fusion" / "step2000")["samples"] == 4
+    assert results(toy_run / "runs" / "uvit_fusion" / "step1400")["samples"] == 4
 
 
 # ------------------------------------------------------------------------------ loss by noise level
@@ -352,7 +352,7 @@ def test_a_snapshot_has_a_folder_of_its_own():
     def folder(run, weights=None):
         return str(grading.sample.output_folder(SimpleNamespace(run=run, weights=weights)))
     assert folder("runs/a") == "runs/a"
-    assert folder("runs/a/step2000.safetensors") == "runs/a/step2000"
+    assert folder("runs/a/step1400.safetensors") == "runs/a/step1400"
     assert folder("runs/a", "downloads/small.pth") == "runs/small"
 
 

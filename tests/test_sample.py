@@ -153,8 +153,8 @@ def test_a_run_is_loaded_by_the_method_that_its_config_names(folder, monkeypatch
         module.load_pipeline = lambda *args, method=method: loaded.append((method, *args))
         monkeypatch.setitem(sys.modules, method, module)
         common.write_json(folder / "config.json", {"method": method})
-        sample.load_run(folder / "step2000.safetensors", "cpu", "fp32")
-    assert loaded == [(method, folder / "step2000.safetensors", torch.device("cpu"), torch.float32)
+        sample.load_run(folder / "step1400.safetensors", "cpu", "fp32")
+    assert loaded == [(method, folder / "step1400.safetensors", torch.device("cpu"), torch.float32)
                       for method in ("uvit_fusion", "llm_adapter", "sur_adapter", "fine_rewards")]
 
 
