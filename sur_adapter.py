@@ -25,7 +25,7 @@ is not needed to generate images.
 fc starts at zero, so that y = x. The empty prompt, used for guidance, goes through the adapter too.
 
     python sur_adapter.py --train    # on runs/uvit_fusion: 7 min on two cores; 78 % of narratives
-                                     # right (base: 0.5 %), 65 % of those with unheard words
+                                     # right (base: 0.4 %), 58 % of those with unheard words
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
 
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md lists all 13):
