@@ -158,6 +158,7 @@ PRESETS = {
     "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, clip="words"),
     # Images of your own. Where there is little noise the network must copy what it sees; until it
     # has learned to, sampling drifts to black or white. time_power=1 shows little noise more often.
+    # Deep, since the settings were chosen with that network.
     "pictures": dict(DEEP, size=32, time_power=1.0, steps=20_000, decay=0.2, snapshot_at=(0,),
                      sampler="dpm"),
     # U-ViT-S/2 on MS-COCO as published, with the fusion of this paper's released code

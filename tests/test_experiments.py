@@ -52,8 +52,7 @@ def test_intervals_over_seeds_are_students():
 
 
 def test_controls_differ_from_intermediate_fusion_in_one_thing():
-    cfgs = {name: Config(**PRESETS["deep"] | change)
-            for name, change in fusion.VARIANTS.items()}
+    cfgs = {name: Config(**PRESETS["deep"] | change) for name, change in fusion.VARIANTS.items()}
     sizes = {}
     for name, cfg in cfgs.items():
         with torch.device("meta"):
