@@ -171,13 +171,14 @@ class TextEncoder:
             self.is_clip = config.model_type == "clip_text_model"
             self.dim = config.hidden_size
             positions = getattr(config, "max_position_embeddings", None) or 77
-        self.warned = False
+        self.warned = True                              # the text below is nobody's caption
         with common.reading(f"--clip {path}", "its tokenizer files do not fit: copy them again"):
             # as in CLIP: the U-ViT has a position for each token, and captions are short
             self.length = min(77, positions, self.tokenizer.model_max_length)
             if self.length < 1:
                 raise ValueError("it reads no tokens")
             self.encode(["a caf\u00e9 \u2603"])
+        self.warned = False
         self.row_of = {}                                # caption -> its row of `kept`
         self.kept = None                                # features (N, L, D), token_mask (N, L)
 
@@ -217,7 +218,8 @@ class TextEncoder:
         tokens = self.tokenizer(captions, padding="max_length", truncation=True,
                                 max_length=self.length, return_tensors="pt")
         if not self.warned and tokens.attention_mask.all(1).any():       # one without any padding
-            longest = max(len(ids) for ids in self.tokenizer(captions).input_ids)
+            whole = self.tokenizer(captions, verbose=False).input_ids
+            longest = max(len(ids) for ids in whole)
             if longest > self.length:
                 print(f"\nwarning: a caption has {longest} tokens; the text encoder reads "
                       f"{self.length}, the rest is cut off")

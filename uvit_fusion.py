@@ -148,6 +148,10 @@ class Config:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --accumulate "
                             f"{self.accumulate}")
 
+    def muon_names(self):
+        """Parts of the names of the parameters whose matrices Muon trains."""
+        return ("block", "context_embed") if self.muon_text else ("block",)
+
 
 DEEP = dict(depth=6, heads=4, image_blocks=2, caption_blocks=2, muon_text=False)
 PRESETS = {
@@ -875,8 +879,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     # lists, since each walk through the modules would take a millisecond of a step
     parameters = list(model.parameters())
     ema_parameters = list(ema.parameters())
-    muon_names = ("block", "context_embed") if cfg.muon_text else ("block",)
-    optimizers = make_optimizers(model, cfg, muon_names)
+    optimizers = make_optimizers(model, cfg, cfg.muon_names())
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
     # before latents are computed: bad data stop here, not after hours
     validation = Validation(pipeline, data, folder, args.validation_samples)

@@ -254,7 +254,7 @@ class TrainingStep:
         self.sampler = UViT(cfg).to(device)
         self.sampler.denoise = uvit_fusion.compile_network(
             self.sampler.denoise, device, compiled, cuda_graph=False)
-        self.optimizers = uvit_fusion.make_optimizers(self.model, cfg)
+        self.optimizers = uvit_fusion.make_optimizers(self.model, cfg, cfg.muon_names())
         self.inputs = random_inputs(cfg, batch_size, device)
         # to generate a whole batch would take a CPU minutes
         few = batch_size if device.type == "cuda" else max(1, batch_size // 8)
@@ -342,7 +342,8 @@ def single_changes(device, precision):
     cfg = Config()
     torch.manual_seed(0)
     model = UViT(cfg).to(device)
-    matrices = [p for name, p in model.named_parameters() if "block" in name and p.ndim == 2]
+    _, muon = uvit_fusion.make_optimizers(model, cfg, cfg.muon_names())
+    matrices = muon.param_groups[0]["params"]
     for parameter in matrices:
         parameter.grad = torch.randn_like(parameter)
     data = toy.prepare(cfg.data, cfg.clip)
@@ -353,7 +354,7 @@ def single_changes(device, precision):
                     dtype=precision, requires_grad=True)
     calls = {
         "muon_without_ms": torch.optim.Muon(matrices).step,
-        "muon_ms": common.Muon(matrices).step,
+        "muon_ms": muon.step,
         "text_without_ms": lambda: text_encoder.encode(captions),
         "text_ms": lambda: text_encoder(captions),
         "attention_without_ms":

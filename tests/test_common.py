@@ -524,7 +524,7 @@ def test_an_encoder_reads_77_tokens_at_the_most(llms, tmp_path):
     assert encoders.TextEncoder(tmp_path / "t5")(["a man"])[0].shape == (1, 77, 32)
 
 
-def test_word_embeddings_are_learned_with_the_network(tmp_path):
+def test_word_embeddings_are_learned_with_the_network(tmp_path, capsys, caplog):
     """--clip words downloads nothing: the features are one-hot, the U-ViT has the embeddings."""
     colours = {"ruby": (255, 0, 0), "sapphire stone": (0, 0, 255)}
     (tmp_path / "data").mkdir()
@@ -534,10 +534,14 @@ def test_word_embeddings_are_learned_with_the_network(tmp_path):
         (tmp_path / "data" / f"{i:02d}.txt").write_text(caption)
     flags = ("uvit_fusion.py", "--train", "--data", "data", "--clip", "words", "--steps", 60,
              "--device", "cpu", "--out", "run", *TINY)
-    status, _, errors = run(*flags, cwd=tmp_path)
+    status, output, errors = run(*flags, cwd=tmp_path)
     assert status == 0, errors
+    # of these captions none is too long
+    assert "cut off" not in output and "longer than" not in caplog.text
 
     encoder = encoders.TextEncoder(tmp_path / "run" / "words")
+    encoder(["ruby sapphire stone"])
+    assert capsys.readouterr().out.count("cut off") == 1
     features, mask = encoder([*colours, ""])
     ids = encoder.tokenizer("sapphire stone").input_ids
     assert features.shape == (3, len(ids), encoder.dim) and mask[1].all() and not mask[2].all()

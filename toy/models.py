@@ -96,7 +96,8 @@ def train_words(data, size, folder, keep):
         items = CaptionedImages(data, "train", size).items
         captions = [caption for _, texts, _ in items for caption in texts]
         tokenizer = train_tokenizer(captions, vocabulary=2048)
-        tokenizer.model_max_length = max(len(ids) for ids in tokenizer(captions).input_ids)
+        ids = tokenizer(captions, verbose=False).input_ids
+        tokenizer.model_max_length = max(len(row) for row in ids)
         tokenizer.save_pretrained(path)
     return str(path)
 
