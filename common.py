@@ -876,6 +876,15 @@ def write_results(folder, figures):
     write_json(path, results)
 
 
+def finish(folder, figures, begin):
+    """Writes the last figures of a run and its cost, seconds since time.time() was `begin`."""
+    seconds = time.time() - begin
+    memory = peak_memory_mb()
+    write_results(folder, figures | {"seconds": seconds, "peak_memory_mb": memory})
+    print(f"{seconds:.0f} s in all, {memory:.0f} MB at the most; "
+          f"figures in {Path(folder) / 'results.json'}")
+
+
 def print_table(rows, title=""):
     """Prints rows of equal length, the first is the heading, in columns; floats with one digit."""
     cells = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]

@@ -546,10 +546,7 @@ def train_and_grade(parser, args):
         right = group["texts"].pop(group["right"])
         texts = [right, *group["texts"][:3]]
         rank_texts(matcher, group["pictures"][0], texts, folder / "samples" / "attention.png")
-    figures["seconds"] = time.time() - begin
-    figures["peak_memory_mb"] = common.peak_memory_mb()
-    common.write_results(folder, figures)
-    print(f"{figures['seconds']:.0f} s; figures in {folder / 'results.json'}")
+    common.finish(folder, figures, begin)
 
 
 def rank_for_picture(parser, args):

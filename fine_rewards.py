@@ -579,8 +579,7 @@ def main():
         validation.report(pipeline, data, folder, args.samples, begin)
         return
     figures = grade(cfg, pipeline, rewards, data, folder, args.samples)
-    common.write_results(folder, figures | {"seconds": time.time() - begin})
-    print(f"{time.time() - begin:.0f} s in all; figures in {folder / 'results.json'}")
+    common.finish(folder, figures, begin)
 
 
 if __name__ == "__main__":

@@ -459,8 +459,7 @@ def main():
         after_stage = {n: load_pipeline(folder / f"stage{n}", base.device, base.precision)
                        for n in stages}
         figures = toy.multilingual.report(base, after_stage, data, folder, args)
-        common.write_results(folder, figures | {"seconds": time.time() - begin})
-        print(f"{time.time() - begin:.0f} s; figures in {folder}/results.json")
+        common.finish(folder, figures, begin)
     else:
         toy.validation.report(pipeline, data, folder, args.samples, begin)
 

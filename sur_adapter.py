@@ -430,8 +430,7 @@ def main():
     if cfg.data == "shapes":
         figures = toy.narratives.report(
             base, adapted, cfg.llm, data, folder, args.samples, args.sample_steps)
-        common.write_results(folder, figures | {"seconds": time.time() - begin})
-        print(f"{time.time() - begin:.0f} s; figures in {folder}/results.json")
+        common.finish(folder, figures, begin)
     else:
         toy.validation.report(adapted, data, folder, args.samples, begin)
 

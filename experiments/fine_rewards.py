@@ -1,7 +1,8 @@
 """Fine-grained rewards: which of them chooses right images, which teaches what, and the mistakes.
 
     python -m experiments.fine_rewards choose --samples 300      # no training: 3 min
-    python -m experiments.fine_rewards compare --prompts 300 --steps 150 --samples 1024   # 15 min
+    python -m experiments.fine_rewards compare --prompts 300 --steps 150 --samples 1024 \
+        --base runs/deep/step2000.safetensors                    # 15 min
     python -m experiments.fine_rewards analyse --samples 256
 
 choose lets each reward choose one of K candidates of the base for each prompt of two groups, and

@@ -1,6 +1,6 @@
 """Early against intermediate fusion: alignment, cost, attention to text, sampling steps.
 
-    python -m experiments.fusion compare     # variants and controls, trained with the same seeds
+    python -m experiments.fusion compare --preset deep --steps 2000    # variants, same seeds
     python -m experiments.fusion cost        # parameters, FLOPs, ms a step and an image, two sizes
     python -m experiments.fusion analyse     # the rank of text-to-image attention, block by block
     python -m experiments.fusion steps       # accuracy against sampling steps, for three samplers

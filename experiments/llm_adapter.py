@@ -1,6 +1,7 @@
 """An LLM as the text encoder: what each part gives, and what the layers of the LLM know.
 
-    python -m experiments.llm_adapter compare --steps-1 600 --steps-2 300 --samples 512
+    python -m experiments.llm_adapter compare --base runs/deep --steps-1 600 --steps-2 300 \
+        --samples 512
     python -m experiments.llm_adapter probe --samples 2048 --precision fp32
     python -m experiments.llm_adapter unseen-languages --run runs/llm_adapter --samples 512
 

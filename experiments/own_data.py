@@ -2,7 +2,7 @@
 
     python -m experiments.own_data emoji --clip words --steps 1200    # 15 min on one busy core
     python -m experiments.own_data photographs --data path/to/coco --clip words  # 150 steps
-    python -m experiments.own_data words       # the toy world without its CLIP; as long as with it
+    python -m experiments.own_data words --preset deep    # the toy world without its CLIP
 
 emoji downloads 23 MB from the npm registry: Microsoft's Fluent Emoji as @lobehub/fluent-emoji-3d
 ships them, and their English names from emojibase-data (both under the MIT licence). It writes

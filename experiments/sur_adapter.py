@@ -1,7 +1,7 @@
 """SUR-adapter: what the LLM and each part of the loss give, and what the released defects cost.
 
     python -m experiments.sur_adapter unheard --steps 600 --samples 512
-    python -m experiments.sur_adapter compare --steps 1000 --samples 512
+    python -m experiments.sur_adapter compare --base runs/deep --steps 1000 --samples 512
 
 Trains each variant with the same data, steps and noise. Grades it on held-out scenes, told in three
 ways: plain captions, narratives of words that the triples have in new pairs, and narratives with an

@@ -737,7 +737,8 @@ def test_a_training_ends_with_what_was_gained(world):
     status, out, errors = command(world, "--train", "--guidance", 2, out="graded")
     assert status == 0 and "mean reward" in out, errors
     figures = results(world / "graded")
-    expected = {"distance_start", "distance_final", "seconds", "commit", "machine", "command"}
+    expected = {"distance_start", "distance_final", "seconds", "peak_memory_mb", "commit",
+                "machine", "command"}
     for name in ("start", "final", "gain", "start_own", "variety_lost_percent"):
         expected |= {name, f"{name}_ci"}
     for name in ("diversity", "clip_diversity"):

@@ -104,8 +104,4 @@ def report(pipeline, data, folder, samples, begin):
     cfg = pipeline.cfg
     judge.print_accuracy(figures, table, f"{folder}: {figures['samples']} held-out captions, "
                          f"25 steps of {cfg.sampler}, guidance {cfg.guidance:g}")
-    figures["seconds"] = time.time() - begin
-    figures["peak_memory_mb"] = common.peak_memory_mb()
-    common.write_results(folder, figures)
-    print(f"{figures['seconds']:.0f} s in all, {figures['peak_memory_mb']:.0f} MB at the most; "
-          f"figures in {folder / 'results.json'}")
+    common.finish(folder, figures, begin)
