@@ -305,7 +305,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
     seed = 10 * cfg.seed + n                        # each stage draws different noise
     model.requires_grad_(False)
     trained = {1: model["adapter"], 2: model, 3: model["uvit"]}[n].requires_grad_(True)
-    optimizers = uvit_fusion.make_optimizers(trained, cfg)
+    optimizers = uvit_fusion.make_optimizers(trained, cfg, base.precision)
     ema = copy.deepcopy(model)
     parameters = list(model.parameters())           # lists: see `uvit_fusion.train`
     ema_parameters = list(ema.parameters())

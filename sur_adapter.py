@@ -298,7 +298,7 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     ema = copy.deepcopy(adapter).eval().requires_grad_(False)
     parameters = list(adapter.parameters())                  # lists: see `uvit_fusion.train`
     ema_parameters = list(ema.parameters())
-    optimizers = uvit_fusion.make_optimizers(adapter, cfg, muon_names=("weight",))
+    optimizers = uvit_fusion.make_optimizers(adapter, cfg, pipeline.precision, ("weight",))
     triples = [pairs[0] for _, pairs, _ in dataset.items]                     # (v, k)
     every_text = ["", *(text for pair in triples for text in pair), *texts]
     # the row of each distinct text in the tensors that follow

@@ -752,7 +752,7 @@ def set_learning_rate(optimizers, cfg, step):
             group["lr"] = highest * learning_rate(cfg, step)
 
 
-def make_optimizers(model, cfg, muon_names=("block",)):
+def make_optimizers(model, cfg, precision, muon_names=("block",)):
     """[AdamW], or [AdamW, Muon] (Jordan et al. 2024) with cfg.optimizer "muon".
 
     Muon then trains the matrices whose name holds one of `muon_names`, AdamW the rest. Muon's steps
@@ -771,7 +771,7 @@ def make_optimizers(model, cfg, muon_names=("block",)):
         rest, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)]
     if matrices:
         optimizers.append(common.Muon(
-            matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+            matrices, precision, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     return optimizers
 
 
@@ -879,7 +879,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     # lists, since each walk through the modules would take a millisecond of a step
     parameters = list(model.parameters())
     ema_parameters = list(ema.parameters())
-    optimizers = make_optimizers(model, cfg, cfg.muon_names())
+    optimizers = make_optimizers(model, cfg, precision, cfg.muon_names())
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
     # before latents are computed: bad data stop here, not after hours
     validation = Validation(pipeline, data, folder, args.validation_samples)

@@ -254,7 +254,8 @@ class TrainingStep:
         self.sampler = UViT(cfg).to(device)
         self.sampler.denoise = uvit_fusion.compile_network(
             self.sampler.denoise, device, compiled, cuda_graph=False)
-        self.optimizers = uvit_fusion.make_optimizers(self.model, cfg, cfg.muon_names())
+        self.optimizers = uvit_fusion.make_optimizers(
+            self.model, cfg, precision, cfg.muon_names())
         self.inputs = random_inputs(cfg, batch_size, device)
         # to generate a whole batch would take a CPU minutes
         few = batch_size if device.type == "cuda" else max(1, batch_size // 8)
@@ -342,7 +343,7 @@ def single_changes(device, precision):
     cfg = Config()
     torch.manual_seed(0)
     model = UViT(cfg).to(device)
-    _, muon = uvit_fusion.make_optimizers(model, cfg, cfg.muon_names())
+    _, muon = uvit_fusion.make_optimizers(model, cfg, precision, cfg.muon_names())
     matrices = muon.param_groups[0]["params"]
     for parameter in matrices:
         parameter.grad = torch.randn_like(parameter)

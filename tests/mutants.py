@@ -322,6 +322,7 @@ MUTANTS = {
         ("a tall matrix is not turned", "common.Muon.update",
          "stacks.append(stack if rows <= columns", "stacks.append(stack if True"),
         ("padding of rows alone", "common.pad_and_stack", "columns - stack.shape[2]", "0"),
+        ("Muon in bf16 everywhere", "common.Muon.update", ".to(self.precision)", ".bfloat16()"),
         ("no momentum", "common.Muon.step",
          "1 - group[\"momentum\"]", "1"),
         ("no look ahead", "common.Muon.step",

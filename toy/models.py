@@ -117,7 +117,7 @@ def kernel_for(model_class):
     return "sdpa" if fused else "eager"
 
 
-def muon_and_adamw(model, *layers, rate=1.0):
+def muon_and_adamw(model, precision, *layers, rate=1.0):
     """The optimizers of a model: Muon for the matrices of these layers, AdamW for all the rest.
 
     rate: factor of both learning rates.
@@ -125,7 +125,7 @@ def muon_and_adamw(model, *layers, rate=1.0):
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
     in_muon = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in in_muon]
-    return [common.Muon(matrices, lr=0.02 * rate, weight_decay=0.1),
+    return [common.Muon(matrices, precision, lr=0.02 * rate, weight_decay=0.1),
             torch.optim.AdamW(rest, lr=3e-3 * rate, betas=(0.9, 0.98), fused=True)]
 
 
@@ -286,7 +286,7 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1700, tokens=1536, seed=0):
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
         vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         **TOKENS)
-    model, _, _ = new_model(transformers.LlamaForCausalLM, config, seed)
+    model, _, precision = new_model(transformers.LlamaForCausalLM, config, seed)
     # To score a label the model must look it up in the caption. That is learned late and suddenly,
     # after some 700 steps, and takes large embeddings, with which the outputs are compared too, and
     # layers that do nothing at first.
@@ -296,16 +296,16 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1700, tokens=1536, seed=0):
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
 
-    trainer = Trainer("tiny LLM", model, muon_and_adamw(model, model.model.layers), steps)
-    predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng)
+    optimizers = muon_and_adamw(model, precision, model.model.layers)
+    trainer = Trainer("tiny LLM", model, optimizers, steps)
+    predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng, precision)
     return save(folder, model, tokenizer)
 
 
-def predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng):
+def predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng, precision):
     """Trains an LLM for some steps on lines of text; tokens: in a batch."""
     model = trainer.model
     device = model.device
-    precision = common.pick_precision("auto", device)
     encoded = ((tokenizer(line).input_ids + [tokenizer.eos_token_id])[:CONTEXT] for line in lines)
     for batch in itertools.islice(token_batches(encoded, tokens, rng), steps):
         x = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in batch], batch_first=True,
@@ -333,11 +333,13 @@ def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_
     tokenizer = transformers.AutoTokenizer.from_pretrained(llm_folder)
     model = transformers.LlamaForCausalLM.from_pretrained(
         llm_folder, attn_implementation=kernel_for(transformers.LlamaForCausalLM))
-    model = model.to(common.pick_device()).train()
-    optimizers = muon_and_adamw(model, model.model.layers, rate=0.5)
+    device = common.pick_device()
+    precision = common.pick_precision("auto", device)
+    model = model.to(device).train()
+    optimizers = muon_and_adamw(model, precision, model.model.layers, rate=0.5)
     trainer = Trainer("tiny instructed LLM", model, optimizers, steps)
     lines = endless_lines(scenes, rng, language.instructed_line)
-    predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng)
+    predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng, precision)
     return save(folder, model, tokenizer)
 
 
@@ -375,7 +377,7 @@ def captioner(data="data/shapes", folder=CAPTIONER_FOLDER, steps=1000, batch_siz
         nn.init.zeros_(layer.crossattention.output.dense.weight)
         nn.init.zeros_(layer.output.dense.weight)
 
-    optimizers = muon_and_adamw(model, image_layers, text_layers)
+    optimizers = muon_and_adamw(model, precision, image_layers, text_layers)
     trainer = Trainer("tiny captioner", model, optimizers, steps)
     for images, captions in batches(dataset, batch_size, 0, steps, seed):
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
@@ -437,7 +439,7 @@ def segmenter(data="data/shapes", folder=SEGMENTER_FOLDER, steps=400, batch_size
     segformer = transformers.SegformerForSemanticSegmentation
     model, device, precision = new_model(segformer, config, seed)
 
-    optimizers = muon_and_adamw(model, model.segformer.stages)
+    optimizers = muon_and_adamw(model, precision, model.segformer.stages)
     trainer = Trainer("tiny segmenter", model, optimizers, steps)
     for images, _ in batches(dataset, batch_size, 0, steps, seed):
         images, labels = images.to(device).split([3, 1], dim=1)
