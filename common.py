@@ -637,7 +637,8 @@ def check_run(folder, args):
 def may_go_on(name, before, now):
     """Whether a run can be resumed with the setting `name` of now: {name: value}, not `before`."""
     value = now[name]
-    if name == "steps" and now.get("decay") == 0 and type(before) is int:
+    depends_on_steps = now.get("decay") != 0 or now.get("noise_first")
+    if name == "steps" and not depends_on_steps and type(before) is int:
         return before <= value                          # the learning rate does not end there
     if isinstance(value, str) and isinstance(before, str):
         spelled = [path for path in (before, value) if os.path.exists(path)]
@@ -653,7 +654,7 @@ def check_settings(folder, cfg, same_data=False):
         if not (same_data and name == "data") and not may_go_on(name, before.get(name), now):
             hint = "give the same settings, or another --out"
             if name == "steps" and "init" in now:
-                hint = ("its learning rate falls until the last step; to train on, begin "
+                hint = ("its schedule ends with the last step; to train on, begin "
                         f"another --out with --init {folder}/model.safetensors")
             raise UserError(f"{folder}/ was begun with {name} = {before.get(name)}, now it is "
                             f"{now[name]}: {hint}")

@@ -25,8 +25,8 @@ Diffusion (Ho et al. 2020): abar_t falls from 1 at t = 0 to about 0 at t = T = 1
 Shapes: images x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text features
 (B, L, text_dim); token mask (B, L), True on real tokens; t (B,) in 1..T.
 
-    python uvit_fusion.py --train             # toy world, two CPU cores: 10 min, 89 % right
-    python uvit_fusion.py --train --quick     # simple scenes: half right within two minutes
+    python uvit_fusion.py --train             # toy world, two cores: 10 to 30 min, 89 % right
+    python uvit_fusion.py --train --quick     # simple scenes: half right in two or three minutes
     python uvit_fusion.py --train --data path/to/coco --size 64 \
         --clip openai/clip-vit-large-patch14 --out runs/coco
     torchrun --nproc_per_node 4 uvit_fusion.py --train --preset coco --data path/to/coco \
@@ -36,8 +36,8 @@ Differs from the paper (the released value in brackets; docs/uvit_fusion.md tell
  1. Preset toy: 24 x 24 pixels, patch 4, width 128, depth 4, v = 1, c = 1 [32 x 32 latents, patch 2,
     512, 12, v = 3, c = 3]. Preset coco has the released values; deep (depth 6, v = 2, c = 2) has
     outer blocks enough to compare early and intermediate fusion.
- 2. toy predicts x_0 with a cosine schedule and draws t with more noise [eps, Stable Diffusion's
-    schedule, uniform t]: counts and relations are decided where almost all is noise.
+ 2. toy predicts x_0 with a cosine schedule and draws t with more noise, most of it at first [eps,
+    Stable Diffusion's schedule, uniform t]: where almost all is noise, relations are decided.
  3. toy trains with Muon on the matrices of the blocks and on the layer that reads the text [AdamW
     2e-4], from blocks that begin as the identity and positions that stand out in noise [truncated
     normal, 0.02].
@@ -103,6 +103,7 @@ class Config:
     batch_size: int = 64  # images a step
     steps: int = 2800  # training steps
     time_power: float = 0.3  # t = T u^power, u uniform: below 1 draws more noise
+    noise_first: float = 0.25  # share of the steps, at the start, in which the power rises from 0
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # highest learning rate of AdamW
     muon_lr: float = 0.01  # highest learning rate of Muon
@@ -135,7 +136,8 @@ class Config:
                             "with --no-clip-x0")
         common.check_bounds(
             self, channels=(1, 1000), patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000),
-            caption_blocks=(0, 1000), accumulate=(1, 2**20), latent_scale=(1e-6, 1e6))
+            caption_blocks=(0, 1000), accumulate=(1, 2**20), latent_scale=(1e-6, 1e6),
+            noise_first=(0, 1))
         if self.size < 1 or self.size % self.patch:
             raise UserError(f"--size {self.size} is no multiple of --patch {self.patch}")
         if self.dim % self.heads or self.dim % 2:
@@ -153,13 +155,13 @@ class Config:
         return ("block", "context_embed") if self.muon_text else ("block",)
 
 
-DEEP = dict(depth=6, heads=4, image_blocks=2, caption_blocks=2, muon_text=False)
+DEEP = dict(depth=6, heads=4, image_blocks=2, caption_blocks=2, muon_text=False, noise_first=0.0)
 PRESETS = {
     "toy": {},
     # outer blocks enough to compare fusions; also the base of the docs' ablations
     "deep": dict(DEEP, steps=3500, snapshot_at=(2000,)),
     # --quick: scenes of one group, whose shapes stand on a 3 x 3 grid, a patch for each cell
-    "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, clip="words"),
+    "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, noise_first=0.0, clip="words"),
     # Images of your own. Where there is little noise the network must copy what it sees; until it
     # has learned to, sampling drifts to black or white. time_power=1 shows little noise more often.
     # Deep, since the settings were chosen with that network.
@@ -170,7 +172,7 @@ PRESETS = {
         size=32, channels=4, text_dim=768, text_length=77, mask_text=False,
         patch=2, dim=512, depth=12, heads=8, image_blocks=3, caption_blocks=3, init="published",
         schedule="linear", target="eps", clip_x0=False,
-        batch_size=256, steps=1_000_000, time_power=1.0,
+        batch_size=256, steps=1_000_000, time_power=1.0, noise_first=0.0,
         optimizer="adamw", lr=2e-4, warmup=5000, decay=0.0, weight_decay=0.03, betas=(0.9, 0.9),
         grad_clip=0.0, ema=0.9999, ema_warmup=False, snapshot_at=(0,),
         guidance=2.0, guidance_interval=(0.0, 1.0), sampler="dpm",
@@ -842,14 +844,24 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
         return network
 
 
-def backward(network, pipeline, x_0, text, mask):
+def time_power(cfg, step):
+    """The power of `Diffusion.sample_timesteps` at step 1, 2, ...
+
+    Relations are decided where almost all is noise, and are learned suddenly. After 600 steps
+    that began with noise alone the network had learned them; after 600 of constant power, nothing.
+    """
+    return cfg.time_power * min(1, step / max(1, cfg.noise_first * cfg.steps))
+
+
+def backward(network, pipeline, x_0, text, mask, power):
     """Draws t and noise for a batch and adds up the gradients of its loss; returns the loss.
 
     network: the U-ViT in training, perhaps compiled (pipeline.model is its average). x_0 (B, C, S,
     S), text (B, L, text_dim), mask (B, L); taken in cfg.accumulate parts, which need less memory.
+    power: from `time_power`.
     """
     cfg = pipeline.cfg
-    t = pipeline.diffusion.sample_timesteps(len(x_0), cfg.time_power, pipeline.device)
+    t = pipeline.diffusion.sample_timesteps(len(x_0), power, pipeline.device)
     eps = torch.randn_like(x_0)
     losses = []
     rows = len(x_0) // cfg.accumulate
@@ -905,7 +917,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         text, mask = text_encoder(drop_captions(captions, cfg.caption_dropout))
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = backward(network, pipeline, x_0, text, mask)
+        loss = backward(network, pipeline, x_0, text, mask, time_power(cfg, step))
         if cfg.grad_clip:
             nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         for optimizer in optimizers:

@@ -959,6 +959,7 @@ class Constant:
     """Settings of a training whose rate is constant if decay is 0."""
     steps: int = 50
     decay: float = 0.0
+    noise_first: float = 0.0
     data: str = ""
     init: str = ""
 
@@ -969,8 +970,14 @@ def test_a_run_goes_on_with_more_steps_where_its_rate_is_constant(tmp_path):
         train(tmp_path / "run", Constant(steps=30), resume=True)
     assert train(tmp_path / "run", Constant(steps=50), resume=True) == 1275
     assert common.read_config(Constant, tmp_path / "run").steps == 50
-    with pytest.raises(UserError, match="falls until the last step; .*--init .*model.safetensors"):
+    with pytest.raises(UserError, match="ends with the last step; .*--init .*model.safetensors"):
         train(tmp_path / "run", Constant(steps=60, decay=1.0), resume=True)
+
+
+def test_a_run_whose_noise_depends_on_its_length_keeps_it(tmp_path):
+    train(tmp_path / "run", Constant(steps=40, noise_first=0.5))
+    with pytest.raises(UserError, match="begun with steps = 40, now it is 50"):
+        train(tmp_path / "run", Constant(steps=50, noise_first=0.5), resume=True)
 
 
 def test_a_run_goes_on_with_the_same_data_wherever_they_are(tmp_path, monkeypatch):

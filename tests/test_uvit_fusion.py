@@ -599,6 +599,27 @@ def test_the_learning_rate_warms_up_stays_and_falls():
     assert uvit_fusion.learning_rate(Config(**PRESETS["coco"]), 1_000_000) == 1
 
 
+def test_the_power_of_the_noise_rises_in_the_first_share_of_the_steps():
+    """t = T u^power: a power near 0 draws t near T, almost pure noise."""
+    cfg = Config(time_power=0.4, noise_first=0.25, steps=100)
+    powers = [uvit_fusion.time_power(cfg, step) for step in (5, 20, 25, 100)]
+    assert powers == pytest.approx([0.08, 0.32, 0.4, 0.4])
+    assert uvit_fusion.time_power(Config(time_power=0.4, noise_first=0.0), 1) == 0.4
+
+
+def test_a_training_draws_its_timesteps_by_this_power(tmp_path, coco, clip_folder, monkeypatch):
+    powers = []
+    sample_timesteps = Diffusion.sample_timesteps
+
+    def recording(self, n, power, device):
+        powers.append(power)
+        return sample_timesteps(self, n, power, device)
+
+    monkeypatch.setattr(Diffusion, "sample_timesteps", recording)
+    train(tiny_cfg(clip_folder, **PLAIN, time_power=0.6, noise_first=1.0), coco, tmp_path / "run")
+    assert powers[::2] == pytest.approx([0.2, 0.4, 0.6])      # a validation after each step
+
+
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     model, cfg = network()
     adamw, muon = uvit_fusion.make_optimizers(model, cfg, torch.float32)
