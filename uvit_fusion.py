@@ -103,7 +103,7 @@ class Config:
     batch_size: int = 64  # images a step
     steps: int = 2800  # training steps
     time_power: float = 0.3  # t = T u^power, u uniform: below 1 draws more noise
-    noise_first: float = 0.25  # share of the steps, at the start, in which the power rises from 0
+    noise_first: float = 0.25  # share of the steps, at first, in which time_power rises from 0
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # highest learning rate of AdamW
     muon_lr: float = 0.01  # highest learning rate of Muon
