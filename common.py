@@ -639,7 +639,7 @@ def may_go_on(name, before, now):
     value = now[name]
     depends_on_steps = now.get("decay") != 0 or now.get("noise_first")
     if name == "steps" and not depends_on_steps and type(before) is int:
-        return before <= value                          # the learning rate does not end there
+        return before <= value                          # neither rate nor noise depend on it
     if isinstance(value, str) and isinstance(before, str):
         spelled = [path for path in (before, value) if os.path.exists(path)]
         return before == value or (len(spelled) == 2 and os.path.samefile(*spelled))

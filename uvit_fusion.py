@@ -760,6 +760,7 @@ def make_optimizers(model, cfg, precision, muon_names=("block",)):
     Muon then trains the matrices whose name holds one of `muon_names`, AdamW the rest. Muon's steps
     are of equal size in all directions of a matrix, also in those of small gradient: after 600
     steps it had learned relations at high noise, of which AdamW had learned nothing.
+    precision: of Muon's matrix products.
     """
     matrices = []
     rest = []
@@ -847,8 +848,8 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
 def time_power(cfg, step):
     """The power of `Diffusion.sample_timesteps` at step 1, 2, ...
 
-    Relations are decided where almost all is noise, and are learned suddenly. After 600 steps
-    that began with noise alone the network had learned them; after 600 of constant power, nothing.
+    It rises from 0, where t = T. Relations are decided at high noise, and are learned suddenly: of
+    two trainings this one had learned them after 600 steps, the one of constant power had not.
     """
     return cfg.time_power * min(1, step / max(1, cfg.noise_first * cfg.steps))
 

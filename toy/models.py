@@ -120,7 +120,7 @@ def kernel_for(model_class):
 def muon_and_adamw(model, precision, *layers, rate=1.0):
     """The optimizers of a model: Muon for the matrices of these layers, AdamW for all the rest.
 
-    rate: factor of both learning rates.
+    precision: of Muon's matrix products. rate: factor of both learning rates.
     """
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
     in_muon = {id(p) for p in matrices}
