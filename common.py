@@ -582,7 +582,7 @@ def add_training_flags(parser, out_help, quick=None):
     parser.add_argument("--out", help=out_help)
     if quick:
         parser.add_argument("--quick", action="store_true",
-                            help=f"the same in small, within a minute or two, into {quick['out']}")
+                            help=f"the same in small, within minutes, into {quick['out']}")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, where it stopped")
     parser.add_argument("--overwrite", action="store_true",

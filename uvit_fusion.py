@@ -27,15 +27,14 @@ Shapes: images x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text fe
 
     python uvit_fusion.py --train             # toy world, two cores: 10 to 30 min, 89 % right
     python uvit_fusion.py --train --quick     # simple scenes: half right in two or three minutes
-    python uvit_fusion.py --train --data path/to/coco --size 64 \
-        --clip openai/clip-vit-large-patch14 --out runs/coco
+    python uvit_fusion.py --train --data my_images --clip words --out runs/mine
     torchrun --nproc_per_node 4 uvit_fusion.py --train --preset coco --data path/to/coco \
         --autoencoder autoencoder_kl.pth --out runs/coco256
 
 Differs from the paper (the released value in brackets; docs/uvit_fusion.md tells why):
  1. Preset toy: 24 x 24 pixels, patch 4, width 128, depth 4, v = 1, c = 1 [32 x 32 latents, patch 2,
-    512, 12, v = 3, c = 3]. Preset coco has the released values; deep (depth 6, v = 2, c = 2) has
-    outer blocks enough to compare early and intermediate fusion.
+    512, 12, v = 3, c = 3]. Preset coco has the released values, but for 5 and 6; deep (depth 6,
+    v = 2, c = 2) has enough outer blocks to compare early and intermediate fusion.
  2. toy predicts x_0 with a cosine schedule and draws t with more noise, most of it at first [eps,
     Stable Diffusion's schedule, uniform t]: where almost all is noise, relations are decided.
  3. toy trains with Muon on the matrices of the blocks and on the layer that reads the text [AdamW
@@ -94,7 +93,7 @@ class Config:
     fusion: Literal["concat", "cross"] = "concat"  # how the text joins
     image_blocks: int = 1  # v, blocks at either end that see the image only
     caption_blocks: int = 1  # c, blocks that see the caption only (early fusion: v = c = 0)
-    init: str = "fan_in"  # fan_in (learns faster if D is small), published, or a file of weights
+    init: str = "fan_in"  # fan_in (blocks begin as the identity), published, or a file of weights
     # the diffusion
     schedule: Literal["cosine", "linear"] = "cosine"  # linear is Stable Diffusion's
     target: Literal["eps", "v", "x0"] = "x0"  # what the network predicts
@@ -103,7 +102,7 @@ class Config:
     batch_size: int = 64  # images a step
     steps: int = 2800  # training steps
     time_power: float = 0.3  # t = T u^power, u uniform: below 1 draws more noise
-    noise_first: float = 0.25  # share of the steps, at first, in which time_power rises from 0
+    noise_first: float = 0.25  # share of the steps, at the start, in which time_power rises from 0
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # highest learning rate of AdamW
     muon_lr: float = 0.01  # highest learning rate of Muon
@@ -158,7 +157,7 @@ class Config:
 DEEP = dict(depth=6, heads=4, image_blocks=2, caption_blocks=2, muon_text=False, noise_first=0.0)
 PRESETS = {
     "toy": {},
-    # outer blocks enough to compare fusions; also the base of the docs' ablations
+    # enough outer blocks to compare fusions; also the base of the docs' ablations
     "deep": dict(DEEP, steps=3500, snapshot_at=(2000,)),
     # --quick: scenes of one group, whose shapes stand on a 3 x 3 grid, a patch for each cell
     "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, noise_first=0.0, clip="words"),
@@ -179,7 +178,7 @@ PRESETS = {
         data="coco", clip="openai/clip-vit-large-patch14",
     ),
 }
-# what --quick changes besides its preset; with data of your own, that is pictures
+# what --quick changes on top of its preset: quick or, with data of your own, pictures
 QUICK = dict(out="runs/quick", samples=512, validation_samples=0, steps=800, warmup=80,
              snapshot_at=(0,))
 
@@ -189,7 +188,7 @@ def softmax_attention(q, k, v, bias=None):
     """softmax(q k^T / sqrt(d) + bias) v, written out.
 
     q (B, H, Q, d); k, v (B, H, K, d); bias broadcasts to (B, H, Q, K). Returns (B, H, Q, d).
-    The softmax is in fp32: a CPU takes twice as long in bf16.
+    The softmax is in fp32: a CPU takes longer in bf16.
     """
     # scaling q is cheaper than scaling the logits
     logits = (q * q.shape[-1]**-0.5) @ k.transpose(-2, -1)
@@ -234,7 +233,7 @@ class Attention(nn.Module):
         q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
         k = rearrange(k, "b n (h d) -> b h n d", h=self.heads)
         v = rearrange(v, "b n (h d) -> b h n d", h=self.heads)
-        if logits is not None:
+        if logits is not None:                                   # the fused kernel returns none
             qk = (q @ k.transpose(-2, -1)).float() * q.shape[-1]**-0.5
             logits.append(qk if bias is None else qk + bias)
         return self.proj(rearrange(attention(q, k, v, bias), "b h n d -> b n (h d)"))
@@ -349,7 +348,7 @@ class UViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if cfg.init == "fan_in":
             init_fan_in(self)
-            # at high noise, where relations are decided, a patch must still know its position
+            # at high noise, where relations are decided, a position must stand out from its patch
             nn.init.normal_(self.pos_embed, std=1.0)
             self.patch_embed["proj"].weight.data.mul_(0.3)
         else:
@@ -505,7 +504,7 @@ class Diffusion:
     def step_ddpm(self, x_0, x_t, t, t_next, noise):
         """Ancestral sampling: a draw from the posterior (Ho et al. 2020, algorithm 2)."""
         mean, variance = self.posterior(x_0, x_t, t, t_next)
-        return (mean + variance.sqrt() * noise).to(x_t.dtype)
+        return mean + variance.sqrt() * noise
 
     def step_ddim(self, x_0, eps, t_next):
         """DDIM with eta = 0 (Song et al. 2021, eq. 12)."""
@@ -687,10 +686,11 @@ class Pipeline:
     def loss(self, dataset):
         """The loss of all images of a dataset, a scalar.
 
-        Captions, t and noise are the same at each call, so that losses can be compared.
+        Captions, t and noise are the same at each call, so that losses can be compared; t has the
+        power with which the training ends.
         """
         images, captions, _ = zip(*[dataset[i, i] for i in range(len(dataset))])
-        torch.manual_seed(0)
+        torch.manual_seed(0)                                     # each training step sets its own
         x_0 = self.encode(torch.stack(images))
         text, mask = self.text_encoder(list(captions))
         t = self.diffusion.sample_timesteps(len(x_0), self.cfg.time_power, self.device)
@@ -848,8 +848,8 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
 def time_power(cfg, step):
     """The power of `Diffusion.sample_timesteps` at step 1, 2, ...
 
-    It rises from 0, where t = T. Relations are decided at high noise, and are learned suddenly: of
-    two trainings this one had learned them after 600 steps, the one of constant power had not.
+    It rises from 0, where t = T. Relations are decided at high noise, and are learned suddenly:
+    after 600 steps a training with the rising power had learned them, one of constant power not.
     """
     return cfg.time_power * min(1, step / max(1, cfg.noise_first * cfg.steps))
 
@@ -931,7 +931,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
             common.save_tensors(ema.state_dict(), Path(folder) / f"step{step}.safetensors")
         if run.due(step):
             run.save(step)
-    if rank == 0 and run.start == 0:                             # seen from its first step
+    if rank == 0 and run.start == 0:                             # resumed, it missed the first steps
         validation.report_speed()
     return pipeline
 
