@@ -238,7 +238,8 @@ def load_for(cfg, device):
     """The autoencoder that a config names, or None for a diffusion model of pixels."""
     if not cfg.autoencoder:
         if cfg.channels != 3:
-            raise UserError(f"--channels {cfg.channels}: pixels have 3; latents need --autoencoder")
+            raise UserError(f"an image of {cfg.channels} channels is a latent (pixels have 3): "
+                            "name its autoencoder by --autoencoder")
         return None
     vae = load(cfg.autoencoder, device)
     if vae.channels != cfg.channels:
@@ -278,7 +279,7 @@ class Latents(image_data.CaptionedImages):
         found = common.read_json(note)
         shape = (len(self.items), 2, vae.channels, size // vae.factor, size // vae.factor)
         if other := [name for name in made_from if found.get(name) != made_from[name]]:
-            raise UserError(f"{folder}/ holds latents of something else (another {other[0]}): "
+            raise UserError(f"{folder}/ holds latents of something else ({other[0]} differs): "
                             "delete it")
         with common.reading(path, f"it is missing or damaged: delete {folder}/"):
             self.rows = np.load(path, mmap_mode="r")     # (N, 2, C, s, s), of the whole split

@@ -627,6 +627,8 @@ def check_run(folder, args):
     has_state = any(Path(folder).rglob("state.pt")) or any(Path(folder).glob("*/chosen.pt"))
     holds_run = has_state or any(Path(folder).glob("*.safetensors"))
     check_resume(args)
+    if Path(folder).is_file():
+        raise UserError(f"--out {folder}: it is a file, and a run is a folder")
     if args.resume and not has_state:
         raise UserError(f"--resume: there is no run in {folder}/ to go on with")
     if holds_run and not args.resume and not args.overwrite:
@@ -742,8 +744,9 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             precision = state["precision"]
         if precision != self.precision:
+            flag = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[precision]
             raise UserError(f"{self.folder}/ was trained in {precision}, now it would be in "
-                            f"{self.precision}: give the same --precision")
+                            f"{self.precision}: give --precision {flag}")
         settings = check_settings(self.folder, cfg, self.data and self.data == state.get("data"))
         with reading(path, "it is damaged: start anew with --overwrite"):
             self.start = range(self.steps + 1).index(state["step"])

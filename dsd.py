@@ -138,8 +138,8 @@ class Matcher(nn.Module):
         self.bank = noise_bank(pipeline, cfg.times, cfg.evaluations)
         self.uvit = copy.deepcopy(pipeline.model).requires_grad_(False)
         joint = self.uvit.joint_blocks
-        # the last of the way down, the middle, the last of the way up
-        self.blocks = [max(0, joint // 2 - 1), joint // 2, joint - 1]
+        # the last of the way down, the middle, the last of the way up; a single one counts once
+        self.blocks = sorted({max(0, joint // 2 - 1), joint // 2, joint - 1})
         torch.manual_seed(cfg.seed)
         if cfg.lora_rank:
             names = ("qkv", "proj", "fc1", "fc2") if cfg.lora_mlp else ("qkv", "proj")
@@ -291,7 +291,7 @@ def count_words(texts):
     return has_word
 
 
-def most_similar_texts(has_word, i, count=40):
+def most_similar_texts(has_word, i, count):
     """The numbers of the texts most similar to text i: words in common / all words of the two."""
     common_words = has_word @ has_word[i]                                             # (texts,)
     lengths = has_word.sum(1)
@@ -316,7 +316,9 @@ def hard_negatives(candidates, needed):
         right = wrong.pop(group["right"])                              # which leaves the wrong ones
         further = []
         if len(wrong) < needed:
-            similar = most_similar_texts(has_word, right[1])
+            # some to choose from, and as many as are needed besides its own
+            count = max(40, needed + len(own_texts))
+            similar = most_similar_texts(has_word, right[1], count)
             further = [[right[0], text] for text in similar if text not in own_texts]
         examples.append((right, wrong, further))
     return examples

@@ -171,6 +171,9 @@ class TextEncoder:
             self.is_clip = config.model_type == "clip_text_model"
             self.dim = config.hidden_size
             positions = getattr(config, "max_position_embeddings", None) or 77
+        if self.tokenizer.pad_token is None:
+            raise UserError(f"--clip {path}: it reads one text at a time, no batches; a CLIP, T5 "
+                            "or BERT does")
         self.warned = True                              # the text below is nobody's caption
         with common.reading(f"--clip {path}", "its tokenizer files do not fit: copy them again"):
             # as in CLIP: the U-ViT has a position for each token, and captions are short

@@ -165,7 +165,11 @@ def measure_quality(args, pipeline, data, title):
     """Prints and returns the figures of --quality."""
     dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     samples = args.samples or min(30_000, len(dataset))
-    clip = encoders.ClipScorer(args.clip_model or pipeline.cfg.clip, pipeline.device)
+    path = args.clip_model or pipeline.cfg.clip
+    if Path(path).name == "words":
+        raise UserError("--quality: the run learned its own word embeddings, which see no images: "
+                        "name a CLIP by --clip-model")
+    clip = encoders.ClipScorer(path, pipeline.device)
     inception = Inception(args.inception, pipeline.device) if args.inception else None
     figures = quality(pipeline, dataset, samples, clip, inception,
                       sample.sampling_options(args), args.workers)
@@ -197,7 +201,7 @@ def add_flags(parser):
                                             "(default: the one whose text model the run uses)")
     group.add_argument("--inception", help="TorchScript file such as inception-2015-12-05.pt, for "
                                            "FID; its code is run: know where it comes from")
-    group.add_argument("--workers", type=common.whole, help="processes that read images")
+    group.add_argument("--workers", type=common.natural, help="processes that read images")
 
 
 def check_flags(parser, args):

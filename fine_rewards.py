@@ -91,7 +91,7 @@ class Config:
     keep: float = 0.8  # share of the prompts to learn from, those with the best images
     # tune
     learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
-    beta: float = 500.0  # of dpo: beta T, how far the model may go from the start of the round
+    beta: float = 500.0  # of dpo: beta T; the larger, the nearer to the start of the round
     real: float = 0.5  # of sft: real images to learn from, for each chosen one; they keep variety
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
@@ -342,7 +342,7 @@ def sample_candidates(cfg, pipeline, prompts, n):
     """K candidates of each of P prompts, each from noise of its own: (P, K, H, W, 3) uint8."""
     repeated = [prompt for prompt in prompts for _ in range(cfg.candidates)]
     images = pipeline.generate(repeated, steps=cfg.sample_steps, guidance=cfg.candidate_guidance,
-                               seed=cfg.seed + 1 + n, progress=True)
+                               seed=100 * cfg.seed + n + 1, progress=True)
     return images.reshape(len(prompts), cfg.candidates, *images.shape[1:])
 
 
@@ -413,7 +413,8 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
     images, and for dpo rejected: uint8 (N, 3, H, W), one for each of N prompts; folder: of the
     round; args: of `main`, for its resume and overwrite.
     """
-    torch.manual_seed(cfg.seed + n)
+    seed = 100 * cfg.seed + n                        # each round draws anew
+    torch.manual_seed(seed)
     # a copy: for dpo, pipeline.model is the reference
     tuned = common.add_lora(copy.deepcopy(pipeline.model), cfg.rank)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
@@ -422,11 +423,11 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
     run = common.Run(folder, cfg, [tuned, optimizer], pipeline.model.state_dict(), args,
                      pipeline.precision, save_every=100, title=f"round {n + 1}")
     batches = image_data.ResumableBatchSampler(
-        len(prompts), cfg.batch_size, run.start, cfg.steps, cfg.seed + n)
+        len(prompts), cfg.batch_size, run.start, cfg.steps, seed)
 
     for step, batch in enumerate(batches, run.start + 1):
         # noise depends on round and step alone: a resumed run equals an uninterrupted one
-        torch.manual_seed((100 * cfg.seed + n) * 10**7 + step)
+        torch.manual_seed(seed * 10**7 + step)
         optimizer.param_groups[0]["lr"] = cfg.lr * uvit_fusion.learning_rate(cfg, step)
         chosen = [i for i, _ in batch]                                           # (index, seed)
         captions = [prompts[i] for i in chosen]
@@ -525,7 +526,7 @@ def raft(cfg, pipeline, rewards, dataset, folder, args):
         if cfg.learn == "sft":
             n_real = round(cfg.real * len(own_prompts))
             for i in indices[:n_real]:
-                image, caption, _ = dataset[i, cfg.seed]
+                image, caption, _ = dataset[i, f"{cfg.seed} {n} {i}"]   # draws the prompt again
                 images.append(image[None])
                 prompts.append(caption)
         finetune_lora(cfg, pipeline, torch.cat(images), prompts, n, round_folder, args,

@@ -41,6 +41,7 @@ Differs from the paper (its values in brackets; docs/llm_adapter.md lists all te
 import argparse
 import copy
 import dataclasses
+import math
 import random
 import shutil
 import time
@@ -128,7 +129,7 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    # the release, as far as a U-ViT allows
+    # the release's sizes and rates; the rest as in toy
     "coco": dict(
         # the paper's LLM is baichuan-inc/Baichuan2-7B-Chat, which needs --trust-remote-code
         base="runs/coco256", llm="Qwen/Qwen2.5-7B-Instruct", llm_layer=-1,
@@ -278,9 +279,11 @@ def best_items(cfg, data, size):
         if Path(cfg.quality).suffix == ".json":
             scores = common.read_json(cfg.quality)        # {file name: score}
         else:
-            scores = {path.name: annotation.get(cfg.quality) for path, _, annotation in items}
-        missing = [path.name for path, _, _ in items
-                   if not isinstance(scores.get(path.name), (int, float))]
+            scores = {annotation["file_name"]: annotation.get(cfg.quality)
+                      for _, _, annotation in items}
+        names = [annotation["file_name"] for _, _, annotation in items]
+        missing = [name for name in names if not isinstance(scores.get(name), (int, float))
+                   or not math.isfinite(scores[name])]
         if missing:
             raise UserError(f"{len(missing)} of {len(items)} images have no score ({missing[0]})")
     except UserError as error:
@@ -288,7 +291,7 @@ def best_items(cfg, data, size):
             f"--quality {cfg.quality} --quality-split {cfg.quality_split}: {error}: stage 3 takes "
             "images from that split, and their scores from a field of its annotations or from a "
             "JSON file; --stages 2 does without") from None
-    ranked = sorted(items, key=lambda item: -scores[item[0].name])
+    ranked = sorted(items, key=lambda item: -scores[item[2]["file_name"]])
     return ranked[:max(1, round(cfg.best * len(items)))]
 
 
@@ -356,6 +359,9 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         for n in (1, 2, 3):
             shutil.rmtree(folder / f"stage{n}", ignore_errors=True)
         (folder / "results.json").unlink(missing_ok=True)
+    later = folder / f"stage{max(stages) + 1}"
+    if args.resume and later.exists():              # <folder> is a copy of the last stage
+        raise UserError(f"--stages {max(stages)}: {later}/ is there already: leave --stages out")
     model = new_model(cfg, base, llm, captions, adapter_class)
 
     for n in stages:

@@ -216,6 +216,8 @@ def main():
     args = parser.parse_args()
     rows = varied_args(parser, args) if args.vary else [args]
     prompts = read_prompts(args)
+    if args.file and not prompts:
+        raise UserError(f"--file {args.file} holds no prompt")
     if not prompts:
         parser.print_help()
         return

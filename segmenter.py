@@ -109,7 +109,7 @@ def is_universal(path):
     """True for Mask2Former, OneFormer, EoMT, ..., which from then on load without scipy."""
     import transformers  # takes seconds, and --help needs none of it
     with contextlib.suppress(OSError, ValueError):   # `load_pretrained` says what is wrong
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         universal = transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
         if type(config) in universal:
             # they ask for scipy because of their training loss, which is never used here

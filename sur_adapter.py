@@ -3,10 +3,10 @@ r"""SUR-adapter: an LLM's understanding of narrative prompts, distilled (arXiv 2
 The idea. "A trio of balls the colour of grass" means "green, circle, x3", but a text-to-image model
 that has only learned the second does not know it. SUR, an adapter for semantic understanding and
 reasoning, stands between the frozen text encoder and the frozen network. It learns from triples
-(narrative prompt v, keyword prompt k, image): the image must be denoised well, the features of v
-must become those of k, and those of v must tell what an LLM makes of v. The last needs no triple:
-it also teaches words, such as "moss", that occur in no triple: only the LLM has read them. The LLM
-is not needed to generate images.
+(narrative prompt v, keyword prompt k, image): the image must be denoised well; y, made of v, must
+come near the features of k; and its mean must tell what an LLM makes of v. The last needs no
+triple, so it also teaches words that none has, such as "moss", which only the LLM has read. To
+generate images the LLM is not needed.
 
     x = text encoder(v)                                    (B, L, d), frozen
     h = transformer encoder(x)                             (B, L, d)
@@ -19,10 +19,10 @@ is not needed to generate images.
     L = noise_weight  |network(x_t, t, y) - target|^2
       + prompt_weight D(text encoder(k), y)
       + llm_weight    D(P mean LLM(v), mean y)             for the v of triples, and for others
-    P: a linear map from the LLM's width to d, fitted once to the triples: P mean LLM(v) is nearly
-       mean text encoder(k); means are over tokens
+    P: an affine map from the LLM's width to d, fitted once to the triples: P mean LLM(v) is nearly
+       mean text encoder(k); means are over tokens, where the last one stands for the padding, too
 
-fc starts at zero, so that y = x. The empty prompt, used for guidance, goes through the adapter too.
+fc starts at zero: at first y = x. The empty prompt, used for guidance, goes through the adapter too.
 
     python sur_adapter.py --train    # on runs/uvit_fusion: 7 min on two cores; 78 % of narratives
                                      # right (base: 0.4 %), 58 % of those with unheard words
@@ -252,7 +252,7 @@ def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_target, x_0
 def load_triples(pipeline, root):
     """(dataset, texts) of a folder with metadata.jsonl.
 
-    The dataset has its training images, with a pair (v, k) in place of a caption; texts are the
+    The dataset has its training images (a folder without splits keeps a twentieth out of them), with a pair (v, k) in place of a caption; texts are the
     lines of narratives.txt, if there is one: further narratives without image and keyword prompt.
     """
     items = []

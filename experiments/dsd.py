@@ -281,7 +281,9 @@ def grade(parser, args):
     won = verdicts(groups, candidates.tables(scores))
     cells = [f"{100 * w.mean():.1f} +- {100 * common.ci95(w):.1f}" for w in won.values()]
     names = [name.removesuffix("_R@1") if "all" in won else name for name in won]
-    label = f"{score}, {'tuned' if matcher.cfg.lora_rank else 'zero-shot'}"
+    cfg = matcher.cfg
+    is_tuned = cfg.lora_rank or cfg.prompts or cfg.head_weights
+    label = f"{score}, {'tuned' if is_tuned else 'zero-shot'}"
     common.print_table([["right, %", *names], [label, *cells]],
                        f"{name}: {len(groups)} groups")
     print(f"{evaluations} network evaluations")

@@ -153,7 +153,7 @@ def test_channels_that_do_not_fit_are_refused(tmp_path, tiny, clip_folder):
     assert autoencoder.load_for(pixels, "cpu") is None
     assert autoencoder.load_for(latents, "cpu").channels == 4
     for cfg, channels in ((pixels, 4), (latents, 3)):
-        with pytest.raises(common.UserError, match="--channels"):
+        with pytest.raises(common.UserError, match="--autoencoder"):
             autoencoder.load_for(dataclasses.replace(cfg, channels=channels), "cpu")
 
 

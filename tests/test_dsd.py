@@ -193,7 +193,7 @@ def test_the_bank_spans_the_times_and_is_the_same_each_time(matcher):
     assert [int(t) for t, _ in noise_bank(matcher.pipeline, (50, 500), 1)] == [275]
 
 
-@pytest.mark.parametrize("depth, blocks", [(2, [0, 1, 2]), (6, [2, 3, 6]), (0, [0, 0, 0])])
+@pytest.mark.parametrize("depth, blocks", [(2, [0, 1, 2]), (6, [2, 3, 6]), (0, [0])])
 def test_the_blocks_are_those_of_the_release(clip_folder, depth, blocks):
     """The last joint block of the way down, the middle and the last of the way up."""
     pipeline = tiny_pipeline(clip_folder, depth=depth, image_blocks=0)
@@ -252,9 +252,9 @@ def test_similar_texts_have_most_words_in_common():
              "", "."]
     has_word = dsd.count_words(texts)
     assert has_word.sum(1).tolist() == [3, 3, 2, 5, 2, 0, 0]
-    assert dsd.most_similar_texts(has_word, 0) == [4, 3, 1, 2, 5, 6], "of equals the first"
+    assert dsd.most_similar_texts(has_word, 0, count=40) == [4, 3, 1, 2, 5, 6], "of equals the first"
     assert dsd.most_similar_texts(has_word, 0, count=1) == [4]
-    assert dsd.most_similar_texts(has_word, 5) == [0, 1, 2, 3, 4, 6], "0 / 0 counts as 0"
+    assert dsd.most_similar_texts(has_word, 5, count=40) == [0, 1, 2, 3, 4, 6], "0 / 0 counts as 0"
 
 
 def test_negatives_are_a_groups_own_then_similar_texts_of_other_groups(candidates, monkeypatch):

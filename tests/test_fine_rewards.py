@@ -467,6 +467,8 @@ def test_each_candidate_has_noise_of_its_own_and_guidance_of_candidates(world):
     assert np.mean(candidates[0, 0] != candidates[0, 1]) > 0.5
     second_round = fine_rewards.sample_candidates(cfg, base, PROMPTS, 1)
     assert np.mean(candidates != second_round) > 0.5
+    next_seed = fine_rewards.sample_candidates(dataclasses.replace(cfg, seed=1), base, PROMPTS, 0)
+    assert np.mean(next_seed != second_round) > 0.5
 
 
 def test_no_image_gives_two_prompts_before_all_have_given_one(world, dataset):
@@ -643,9 +645,9 @@ def test_real_images_are_learned_from_beside_those_chosen(
         images, prompts = tuned_on[-1]
         assert len(images) == len(prompts) == count
     images, prompts = tuned_on[0]
-    for i, image, prompt in zip(fine_rewards.round_prompts(cfg, dataset, 0)[1], images[3:],
-                                prompts[3:]):
-        assert torch.equal(image, dataset.image(i)) and prompt in dataset.items[i][1]
+    asked, indices = fine_rewards.round_prompts(cfg, dataset, 0)
+    for i, prompt, image, own in zip(indices, prompts[3:], images[3:], asked):
+        assert torch.equal(image, dataset.image(i)) and prompt == own
 
 
 def test_a_run_and_each_of_its_rounds_generate_as_what_was_tuned(whole):

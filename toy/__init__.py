@@ -1,6 +1,7 @@
 """The toy world: captioned shapes and small models, on disk in the formats of real ones."""
 from pathlib import Path
 
+from common import UserError
 from toy import language, models, shapes
 
 WORLDS = ("shapes", "simple")            # names for --data; all others are folders
@@ -15,6 +16,8 @@ def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
     here. With an LLM the toy world also gets parallel sentences, narratives, and images of
     differing quality with a scorer for them.
     """
+    if data not in WORLDS and not Path(data).is_dir():   # before minutes of building
+        raise UserError(f"--data {data}: there is no such folder")
     folder = data
     if data == "shapes":
         folder = shapes.build("data/shapes" if size == 24 else f"data/shapes{size}", size)
@@ -22,8 +25,8 @@ def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
         folder = shapes.build(f"data/simple{size}", size, train=6_000, val=1_024, simple=True)
     has_tiny_clip = Path(clip) == models.CLIP_FOLDER
     if has_tiny_clip and data not in WORLDS:
-        print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; for "
-              f"{data} name a real one: --clip openai/clip-vit-large-patch14")
+        print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; to train "
+              f"with {data} name a real one: --clip openai/clip-vit-large-patch14")
     own_models = {
         models.CLIP_FOLDER: models.clip,
         models.LLM_FOLDER: models.llm,

@@ -21,7 +21,7 @@ class Validation:
     """Measures a training ten times; pipeline: that of the EMA weights.
 
     The loss, and images: samples/step_<n>.png. On the toy world also the share right, of the last
-    `samples` scenes, which are not those of `report`. `curve`: (seconds of training, % right).
+    `samples` scenes, where `report` grades the first. `curve`: (seconds of training, % right).
     """
     def __init__(self, pipeline, data, folder, samples):
         self.pipeline = pipeline
