@@ -20,7 +20,7 @@ generate images the LLM is not needed.
       + prompt_weight D(text encoder(k), y)
       + llm_weight    D(P mean LLM(v), mean y)             for the v of triples, and for others
     P: an affine map from the LLM's width to d, fitted once to the triples: P mean LLM(v) is nearly
-       mean text encoder(k); means are over tokens, where the last one stands for the padding, too
+       mean text encoder(k); means are over tokens, the last of which stands for the padding, too
 
 fc starts at zero: at first y = x. The empty prompt, used for guidance, goes through the adapter too.
 
@@ -252,8 +252,9 @@ def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_target, x_0
 def load_triples(pipeline, root):
     """(dataset, texts) of a folder with metadata.jsonl.
 
-    The dataset has its training images (a folder without splits keeps a twentieth out of them), with a pair (v, k) in place of a caption; texts are the
-    lines of narratives.txt, if there is one: further narratives without image and keyword prompt.
+    The dataset has its training images (19 of 20, if the folder has no splits), with a pair (v, k)
+    in place of a caption; texts are the lines of narratives.txt, if there is one: further
+    narratives without image and keyword prompt.
     """
     items = []
     for path, captions, line in pipeline.dataset(root, "train").items:
