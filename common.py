@@ -744,7 +744,7 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             precision = state["precision"]
         if precision != self.precision:
-            flag = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}[precision]
+            flag = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(precision, precision)
             raise UserError(f"{self.folder}/ was trained in {precision}, now it would be in "
                             f"{self.precision}: give --precision {flag}")
         settings = check_settings(self.folder, cfg, self.data and self.data == state.get("data"))

@@ -22,7 +22,7 @@ generate images the LLM is not needed.
     P: an affine map from the LLM's width to d, fitted once to the triples: P mean LLM(v) is nearly
        mean text encoder(k); means are over tokens, the last of which stands for the padding, too
 
-fc starts at zero: at first y = x. The empty prompt, used for guidance, goes through the adapter too.
+fc starts at zero: at first y = x. The empty prompt of guidance goes through the adapter, too.
 
     python sur_adapter.py --train    # on runs/uvit_fusion: 7 min on two cores; 78 % of narratives
                                      # right (base: 0.4 %), 58 % of those with unheard words

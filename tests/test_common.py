@@ -414,6 +414,10 @@ def test_a_tokenizer_that_reads_no_tokens_is_refused(clip_folder, tmp_path):
     common.write_json(folder / "tokenizer_config.json", config | {"model_max_length": 0})
     with pytest.raises(UserError, match="it reads no tokens: its tokenizer files do not fit"):
         encoders.TextEncoder(folder)
+    config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None}
+    common.write_json(folder / "tokenizer_config.json", config)
+    with pytest.raises(UserError, match="--clip .*: it reads one text at a time"):   # as GPT-2
+        encoders.TextEncoder(folder)
 
 
 def test_features_of_captions_are_kept_if_they_fit_into_memory(clip_folder, monkeypatch):
@@ -1054,6 +1058,9 @@ def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--resume: there is no run in run/"):
         common.check_run("run", argparse.Namespace(resume=True, overwrite=False))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out file: it is a file"):
+        common.check_run("file", argparse.Namespace(resume=False, overwrite=True))
     train("run")
     with pytest.raises(UserError, match="run/ holds a run already: --resume .* --overwrite"):
         train("run")

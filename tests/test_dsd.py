@@ -252,7 +252,7 @@ def test_similar_texts_have_most_words_in_common():
              "", "."]
     has_word = dsd.count_words(texts)
     assert has_word.sum(1).tolist() == [3, 3, 2, 5, 2, 0, 0]
-    assert dsd.most_similar_texts(has_word, 0, count=40) == [4, 3, 1, 2, 5, 6], "of equals the first"
+    assert dsd.most_similar_texts(has_word, 0, 40) == [4, 3, 1, 2, 5, 6], "of equals the first"
     assert dsd.most_similar_texts(has_word, 0, count=1) == [4]
     assert dsd.most_similar_texts(has_word, 5, count=40) == [0, 1, 2, 3, 4, 6], "0 / 0 counts as 0"
 

@@ -348,6 +348,13 @@ def test_toy_figures_never_bear_the_names_of_real_ones(toy_run, inception):
     assert "tiny_clip_score_real" in table and "fid" not in table and "cmmd" not in table
 
 
+def test_word_embeddings_measure_no_images(toy_data):
+    pipeline = SimpleNamespace(image_size=24, cfg=SimpleNamespace(clip="runs/mine/words"))
+    args = SimpleNamespace(clip_model=None, samples=4)
+    with pytest.raises(common.UserError, match="name a CLIP by --clip-model"):
+        grading.measure_quality(args, pipeline, toy_data, "")
+
+
 def test_a_snapshot_has_a_folder_of_its_own():
     def folder(run, weights=None):
         return str(grading.sample.output_folder(SimpleNamespace(run=run, weights=weights)))

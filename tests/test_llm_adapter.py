@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Painter, make_coco, make_llm, refused, run, save_run, tiny_pipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 import common
 import encoders
+import image_data
 import llm_adapter
 import toy
 import uvit_fusion
@@ -181,6 +183,24 @@ def test_the_best_images_are_kept(coco, tmp_path):
             (dict(quality_split="quality"), "--quality-split quality: .*captions_quality2017")):
         with pytest.raises(common.UserError, match=f"{words}.*--stages 2"):
             kept(**changes)
+    common.write_json(path, scores | {"000000000003.jpg": float("nan")})
+    with pytest.raises(common.UserError, match="1 of 12 images have no score .000000000003.jpg"):
+        kept()
+
+
+def test_images_of_one_name_in_two_folders_have_their_own_scores(tmp_path):
+    for folder, grey in (("a", 10), ("b", 200)):
+        (tmp_path / folder).mkdir()
+        for name in ("1", "2"):
+            Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / folder / f"{name}.png")
+            (tmp_path / folder / f"{name}.txt").write_text("a grey square")
+    scores = {"a/1.png": 1.0, "b/1.png": 4.0, "a/2.png": 3.0, "b/2.png": 2.0}
+    common.write_json(tmp_path / "scores.json", scores)
+    cfg = Config(quality=str(tmp_path / "scores.json"), quality_split="train", best=0.01)
+    (path, _, annotation), = llm_adapter.best_items(cfg, tmp_path, 8)
+    items = image_data.CaptionedImages(tmp_path, "train", 8).items
+    highest = max(items, key=lambda item: scores[item[2]["file_name"]])
+    assert path == highest[0] and str(path).endswith(annotation["file_name"])
 
 
 # ------------------------------------------------------------------------------------- the stages
@@ -341,6 +361,7 @@ def test_stages_one_by_one_and_interrupted_end_as_in_one_go(world, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(llm_adapter, "alignment_loss", None)                # stage 1 is finished
         assert train(world, "--stages", 3, "--resume", out="steps")[0] == 0 and len(calls) == 5
+    refused(train(world, "--stages", 2, "--resume", out="steps"), "--stages 2: steps/stage3/")
     for stage in STAGES:
         whole = load_file(world / "run" / stage / "model.safetensors")
         steps = load_file(world / "steps" / stage / "model.safetensors")

@@ -208,6 +208,7 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
 @pytest.mark.parametrize("flags, word", [
     (["--run", "nowhere"], "train one first"),
     (["--file", "nowhere.txt"], "nowhere.txt"),
+    (["--file", "blank.txt"], "--file blank.txt holds no prompt"),
     (["--out", "grid.doc"], "--out grid.doc"),
     (["--clip", "./some"], "--clip ./some"),
     (["--font", "nowhere.ttf"], "--font nowhere.ttf"),
@@ -233,6 +234,8 @@ def test_a_slip_is_one_line(folder, pipeline, flags, word):
     pipeline.model.decoder_pred.bias[0] = torch.nan
     save_run(pipeline, folder / "broken")
     (folder / "latin.txt").write_bytes(b"a man\na caf\xe9\n")
+    (folder / "blank.txt").write_text(" \n\n")
     (folder / "other").mkdir()
     common.write_json(folder / "other" / "config.json", {"method": "gan"})
-    refused(run("sample.py", "a man", *flags, *DEVICE, cwd=folder), word)
+    prompts = [] if "blank.txt" in flags else ["a man"]
+    refused(run("sample.py", *prompts, *flags, *DEVICE, cwd=folder), word)

@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import common
 import toy
 from encoders import ClipScorer
 from image_data import CaptionedImages, batches
@@ -156,7 +157,10 @@ def test_the_quality_scorer_is_a_line_through_clips_features(trained, tmp_path, 
     ("simple", "words", {}, ""),
     ("coco", "runs/toy/clip", {"captioner": "runs/toy/captioner"}, "clip captioner"),
 ])
-def test_only_what_is_named_is_built(monkeypatch, capsys, data, clip, others, expected):
+def test_only_what_is_named_is_built(
+        monkeypatch, tmp_path, capsys, data, clip, others, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco").mkdir()
     built = []
     monkeypatch.setattr(shapes, "build", lambda folder="data/shapes", *_, **more: folder)
     for module, names in ((language, ("build_parallel", "build_narratives")),
@@ -168,3 +172,7 @@ def test_only_what_is_named_is_built(monkeypatch, capsys, data, clip, others, ex
     assert toy.prepare(data, clip, **others) == folder
     assert built == expected.split()
     assert ("coloured shapes only" in capsys.readouterr().out) == (data == "coco")
+    built.clear()
+    with pytest.raises(common.UserError, match="--data nowhere: there is no such folder"):
+        toy.prepare("nowhere", clip, **others)
+    assert not built
