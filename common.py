@@ -953,7 +953,7 @@ def draw_grid(images, texts, columns=None, titles=(), font=None):
     columns = min(columns or max(4, math.ceil(len(images)**0.5)), len(images))
     side = max(96, len(images[0]))
     gap = 8
-    line = 14                                           # height of a line of text
+    line = max(14, font.getbbox("A")[3] + 3)            # height of a line of text
     texts = [wrap(text, side, font) for text in texts]
     titles = [wrap(title, 150 if len(title) < 150 else 500, font) for title in titles]
     left = gap
