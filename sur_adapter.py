@@ -24,8 +24,8 @@ generate images the LLM is not needed.
 
 fc starts at zero: at first y = x. The empty prompt of guidance goes through the adapter, too.
 
-    python sur_adapter.py --train    # on runs/uvit_fusion: 7 min on two cores; 78 % of narratives
-                                     # right (base: 0.4 %), 58 % of those with unheard words
+    python sur_adapter.py --train    # on runs/uvit_fusion: 7 to 16 min; 82 % of narratives right
+                                     # (base: 0.4 %), 64 % of those with unheard words
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
 
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md lists all 13):
