@@ -261,7 +261,7 @@ def test_latents_of_something_else_are_refused(coco, tiny, what):
     else:
         split = "val"
         latents_file(coco).parent.rename(coco.parent / "latents" / "coco-val-16")
-    with pytest.raises(common.UserError, match=f"another {what}.*delete it"):
+    with pytest.raises(common.UserError, match=f"{what} differs.*delete it"):
         latents(coco, vae, split=split)
 
 
