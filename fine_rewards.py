@@ -437,9 +437,10 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
         t = pipeline.diffusion.sample_timesteps(
             len(x_0), pipeline.cfg.time_power, pipeline.device)                  # as for the base
         eps = torch.randn_like(x_0)
+        if cfg.learn == "dpo":
+            worst = pipeline.encode(rejected[chosen])        # as the best: outside autocast
         with common.autocast(pipeline.device, pipeline.precision):
             if cfg.learn == "dpo":
-                worst = pipeline.encode(rejected[chosen])
                 loss = dpo_loss(tuned, pipeline.model, cfg.beta, pipeline.diffusion,
                                 x_0, worst, t, eps, text, mask)
             else:
