@@ -234,7 +234,7 @@ NUMBERS = re.compile(r"\b(an?(?! \w+ of\b)|one|1)\b|\b(an? (?:pair|couple) of|tw
 
 
 def singular(text):
-    """The set of a text's words, without the s of plurals."""
+    """The set of a text's words, without an s at the end; enough for plurals such as dogs."""
     return {word.rstrip("s") for word in re.findall(r"\w+", text.lower())}
 
 
