@@ -1128,7 +1128,7 @@ MUTANTS = {
         ("the share is the LogSumExp again", "dsd.pool_words",
          "b = a - keys.logsumexp(-1)", "b = a"),
         ("the last joint blocks in place of the release's", "dsd.Matcher.__init__",
-         "[max(0, joint // 2 - 1), joint // 2, joint - 1]",
+         "sorted({max(0, joint // 2 - 1), joint // 2, joint - 1})",
          "[max(0, joint - 3), max(0, joint - 2), joint - 1]"),
         ("padding is not masked", "dsd.Matcher.attention_logits",
          ".masked_fill(padding, -math.inf)", ""),
