@@ -403,6 +403,8 @@ def new_model(cfg, base, llm, captions, adapter_class):
 
 def load_pipeline(path, device, precision, **changes):
     """The pipeline of a run folder, or of a .safetensors file in one; changes: of the base's."""
+    if "clip" in changes:
+        raise UserError("--clip plays no part here: the text encoder of this run is its LLM")
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
     uvit_cfg = common.read_config(uvit_fusion.Config, folder, "uvit.json")

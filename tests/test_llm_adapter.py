@@ -379,6 +379,8 @@ def test_slips_and_another_llm_or_base_are_refused_in_one_line(world, clip_folde
     refused(train(world, "--data", "shapes", "--font", "nowhere.ttf", out="new"),
             "--font nowhere.ttf")
     assert not (world / "new").exists()
+    refused(run("sample.py", "ein Mann", "--run", "run", "--clip", "other", cwd=world),
+            "--clip plays no part")
     shutil.copytree(world / "llm", world / "put_away")
     make_llm(world / "llm", seed=5)
     refused(run("sample.py", "ein Mann", "--run", "run", "--device", "cpu", cwd=world),
