@@ -166,7 +166,7 @@ def measure_quality(args, pipeline, data, title):
     dataset = image_data.CaptionedImages(data, "val", pipeline.image_size)
     samples = args.samples or min(30_000, len(dataset))
     path = args.clip_model or pipeline.cfg.clip
-    if Path(path).name == "words":
+    if not args.clip_model and Path(path).name == "words":
         raise UserError("--quality: the run learned its own word embeddings, which see no images: "
                         "name a CLIP by --clip-model")
     clip = encoders.ClipScorer(path, pipeline.device)

@@ -931,7 +931,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
             common.save_tensors(ema.state_dict(), Path(folder) / f"step{step}.safetensors")
         if run.due(step):
             run.save(step)
-    if rank == 0 and run.start == 0:                             # resumed, it missed steps
+    if rank == 0 and run.start == 0:                             # a resumed run is timed in part
         validation.report_speed()
     return pipeline
 
