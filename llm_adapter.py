@@ -22,7 +22,7 @@ Other languages and long texts occur in stage 1 only; the captions of stages 2 a
     L_1 = cos-len + cross-entropy(p, mask of c)
     L_2 = L_3 = |U-ViT(x_t, t, y) - target|^2                      uvit_fusion.diffusion_loss
 
-    python llm_adapter.py --train    # on runs/uvit_fusion: 14 to 30 min; 82 to 86 % right
+    python llm_adapter.py --train    # on runs/uvit_fusion: 14 to 30 min; 81 to 86 % right
                                      # in four languages and in paragraphs
     python sample.py "tres círculos verdes" --run runs/llm_adapter
 
