@@ -164,7 +164,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """z (B, C, S/f, S/f), as encoded (unscaled) -> images (B, 3, S, S), about in [-1, 1]"""
+        """z (B, C, S/f, S/f), as encoded (unscaled) -> images (B, 3, S, S), roughly in [-1, 1]"""
         return self.decoder(self.post_quant_conv(z))
 
 
@@ -191,7 +191,7 @@ RENAMED = {                                              # diffusers -> CompVis
 def convert_keys(tensors):
     """{name: tensor} of CompVis or diffusers -> CompVis's names; other tensors are dropped.
 
-    A whole Stable Diffusion file has them behind `first_stage_model.`. Diffusers counts the
+    A whole Stable Diffusion file prefixes them with `first_stage_model.`. Diffusers counts the
     decoder's levels from the lowest resolution; its attention weights are (C, C), not (C, C, 1, 1).
     """
     tensors = {name.removeprefix("first_stage_model."): tensor for name, tensor in tensors.items()}
@@ -210,7 +210,7 @@ def convert_keys(tensors):
 
 
 def load(path, device="cpu"):
-    """Loads a frozen autoencoder, in float32; its sizes are read off the tensors.
+    """Loads a frozen autoencoder, in float32; its sizes are read from the tensors.
 
     path: a file of weights, or a diffusers folder (its own, or a whole model's, with vae/ in it).
     Raises UserError for a missing or damaged file and for tensors of another model.
@@ -254,7 +254,7 @@ class Latents(image_data.CaptionedImages):
 
     root, split, items: as for CaptionedImages; size: of the images in pixels; vae: an Autoencoder
     on `device`. The first time, all images of the split are encoded into latents.npy in
-    <folder>/<name of root>-<split>-<size>/; latents.json beside it says what they were made from.
+    <folder>/<name of root>-<split>-<size>/; latents.json next to it says what they were made from.
     """
     def __init__(self, root, split, size, vae, folder="data/latents", device="cpu", items=None):
         if size % vae.factor:
@@ -265,7 +265,7 @@ class Latents(image_data.CaptionedImages):
         folder = Path(folder) / f"{Path(root).resolve().name}-{split}-{size}"
         path = folder / "latents.npy"
         note = folder / "latents.json"
-        # names and sizes of the files: data that were moved are still the same data
+        # names and sizes of the files: moved data are still the same data
         files = "\n".join(f"{os.path.relpath(image, root)} {size_of(image)}"
                           for image, _, _ in self.items)
         made_from = {
@@ -300,7 +300,7 @@ class Latents(image_data.CaptionedImages):
 
 
 def size_of(path):
-    """In bytes; 0 for a link to nothing, which will be a broken image."""
+    """In bytes; 0 for a dangling link, which will be a broken image."""
     return path.stat().st_size if path.exists() else 0
 
 
@@ -308,7 +308,7 @@ def size_of(path):
 def encode_images(pixels, vae, device, path, batch_size=16):
     """Encodes a CaptionedImages into a .npy file, (N, 2, C, s, s) float16, whole or not at all.
 
-    Returns the rows of broken images, which hold other images.
+    Returns the rows of broken images; they hold other images.
     """
     side = pixels.size // vae.factor
     shape = (len(pixels), 2, vae.channels, side, side)

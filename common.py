@@ -3,7 +3,7 @@
     flags      -> make_config -> a dataclass of settings
     a training -> Run         -> runs/<name>/{config.json, model.safetensors, metrics.csv, ...}
 
-Nothing here belongs to one method. A user's slip raises `UserError`; `entry` prints it as one line.
+Nothing here belongs to one method. A user's mistake raises `UserError`; `entry` prints one line.
 """
 import argparse
 import contextlib
@@ -37,14 +37,14 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what is wrong and what to do."""
+    """Something the user can fix: one line that says what is wrong and what to do."""
 
 
 def entry(main):
     """Runs a script's main(); a `UserError` ends it with one line on stderr and exit status 2."""
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):              # a pipe or Windows may lack some letters:
+        if hasattr(stream, "reconfigure"):              # a pipe or Windows may lack characters:
             stream.reconfigure(errors="replace")        # they are printed as "?"
     try:
         with reading("the command line", "type it in UTF-8"):
@@ -58,12 +58,12 @@ def entry(main):
         reason = system_failure(error)
         if not reason:
             raise
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {reason}", sys.stderr)      # below a bar
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {reason}", sys.stderr)      # below a progress bar
     sys.exit(2)
 
 
 def system_failure(error):
-    """What to do about an error that is not of the program's making; "" for any other error."""
+    """What to do about an error that is not the program's fault; "" for any other error."""
     text = str(error)
     if "DataLoader worker" in text:
         return f"a process that reads images died ({text.splitlines()[0]}): try fewer --workers"
@@ -82,21 +82,21 @@ def say_why(error):
 
 
 def is_failure(error):
-    """Whether an exception says that something failed, not that the process shall end."""
-    # what a damaged tokenizer raises: the panic of a library in Rust is no Exception
+    """Whether an exception means that something failed, not that the process should end."""
+    # a damaged tokenizer can raise the panic of a Rust library, which is not an Exception
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def reading(name, hint):
-    """Around the reading of a user's file: whatever it raises becomes one line.
+    """Wraps the reading of a user's file: whatever it raises becomes one line.
 
-    Damaged content can raise nearly anything, also after it has been parsed: so what is read is
-    put into its final shape within the block. The line: `name`, the reason, and `hint`, what to do.
+    Damaged content can raise nearly anything, even after it has been parsed, so what is read is put
+    into its final shape within the block. The line: `name`, the reason, and `hint`, what to do.
     """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):         # no fault of the file
+    except (UserError, torch.OutOfMemoryError):         # not the file's fault
         raise
     except BaseException as error:
         if not is_failure(error):
@@ -125,7 +125,7 @@ def read_json(path):
 
 
 def read_json_lines(path, name, fields):
-    """The JSON objects of a file, one a line, with strings in `fields`; messages call it `name`."""
+    """The JSON objects of a file, one per line, with strings in `fields`; `name`: for messages."""
     with reading(name, "it cannot be read"):
         lines = read_text(path).split("\n")             # JSON strings may hold other line breaks
     expected = ", ".join(f'"{field}": ...' for field in fields)
@@ -142,11 +142,11 @@ def read_json_lines(path, name, fields):
 
 
 def fingerprint(model, extra=""):
-    """Names a frozen model down to its weights: hex, the same in whichever precision."""
+    """Identifies a frozen model down to its weights: hex, the same in any precision."""
     digest = hashlib.sha256(extra.encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        # the beginning of each tensor is enough: all of 7 billion numbers took a minute
+        # the start of each tensor is enough: hashing all of 7 billion numbers took a minute
         digest.update(tensor.flatten()[:64].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -160,7 +160,7 @@ def feature_statistics(features):
 def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
     """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), of two Gaussians.
 
-    Of Inception features it is the FID (Heusel et al. 2017, arXiv 1706.08500). S_1 S_2 has the
+    On Inception features it is the FID (Heusel et al. 2017, arXiv 1706.08500). S_1 S_2 has the
     eigenvalues of the symmetric S_1^(1/2) S_2 S_1^(1/2), so eigh is enough.
     """
     values, vectors = np.linalg.eigh(sigma_1)
@@ -172,7 +172,7 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
 
 # -------------------------------------------------------------------------------------------- LoRA
 class LoRA(nn.Module):
-    """W -> W + B A (Hu et al. 2021, arXiv 2106.09685): W (out, in) stays; B begins at zero."""
+    """W -> W + B A (Hu et al. 2021, arXiv 2106.09685): W (out, in) is frozen; B starts at zero."""
     def __init__(self, weight, rank):
         super().__init__()
         rows, columns = weight.shape
@@ -184,9 +184,9 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, names=("qkv", "proj")):
-    """Freezes a model and puts `LoRA` on its linear layers of these names, in place; returns it.
+    """Freezes a model and puts `LoRA` on its linear layers with these names, in place; returns it.
 
-    Whatever reads `layer.weight` afterwards gets the sum. What is to be trained needs a gradient.
+    Whatever reads `layer.weight` afterwards gets the sum. Only A and B require gradients.
     """
     model.requires_grad_(False)
     layers = [module for path, module in model.named_modules()
@@ -200,7 +200,7 @@ def add_lora(model, rank, names=("qkv", "proj")):
 
 
 def merge_lora(model):
-    """Writes W + B A into the weights, in place: the names are those of before `add_lora`."""
+    """Writes W + B A into the weights, in place: the names are as before `add_lora`."""
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -222,10 +222,10 @@ def orthogonalise(x, coefficients, steps, eps):
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, but one product takes all matrices of a shape; on a GPU, of all shapes.
+    """PyTorch's Muon, but one product handles all matrices of a shape; on a GPU, of all shapes.
 
-    precision: of these products. PyTorch's is always bf16, in which a CPU without AVX-512 takes
-    forty times as long.
+    precision: of these products. PyTorch's is always bf16, which takes forty times as long on a CPU
+    without AVX-512.
     """
     def __init__(self, parameters, precision=torch.bfloat16, **settings):
         super().__init__(parameters, **settings)
@@ -274,8 +274,8 @@ class Muon(torch.optim.Muon):
 def pad_and_stack(stacks):
     """Matrices of several shapes, each (n, rows, columns), as one stack, padded with zeros.
 
-    Zeros only add singular values of 0. To launch a product on a GPU takes longer than to compute
-    one of small matrices; large ones of unlike shapes would cost memory and time.
+    Zeros only add singular values of 0. On a GPU, launching a product of small matrices takes
+    longer than computing it; padding large ones of different shapes would cost memory and time.
     """
     rows = max(stack.shape[1] for stack in stacks)
     columns = max(stack.shape[2] for stack in stacks)
@@ -302,11 +302,11 @@ def pick_device(name="auto"):
 
 
 def keep_freed_memory():
-    """Makes the C library keep memory that was freed, up to 2 GB, for the next tensors.
+    """Makes the C library keep up to 2 GB of freed memory for the next tensors.
 
-    By itself glibc gives freed blocks of a few MB back to the system, which clears them, page by
-    page, before the next step gets them: sampling in the toy world took a third longer on a CPU.
-    Other C libraries stay as they are.
+    By default glibc returns freed blocks of a few MB to the system, which clears them page by page
+    before the next step gets them: sampling in the toy world took a third longer on a CPU. Other C
+    libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):  # not Linux; not glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -315,19 +315,19 @@ def keep_freed_memory():
 
 
 def synchronize(device):
-    """Waits until a GPU has finished, so that a clock can be read."""
+    """Waits until a GPU has finished, so a clock can be read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def to_device(tensor, device):
     """A tensor on the CPU -> on `device`, without waiting for a GPU to finish earlier work."""
-    # MPS must wait: it would read the memory of a tensor that is gone
+    # MPS must wait, or it would read the memory of a tensor that is gone
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def matmul_rate(device, dtype, size):
-    """Floating-point operations a second of a square matrix product, the best of ten tries."""
+    """Floating-point operations per second of a square matrix product, the best of ten tries."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(10):
@@ -342,7 +342,7 @@ def matmul_rate(device, dtype, size):
 def pick_precision(name, device):
     """"bf16" or "fp32" as asked; "auto": bf16 where its matrix products are 1.5 times as fast."""
     if name == "auto":
-        # on a CPU few milliseconds each, so that other work on the machine spares one of ten
+        # on a CPU a few milliseconds each, so one of the ten escapes other work on the machine
         size = 512 if device.type == "cpu" else 1024
         bf16 = matmul_rate(device, torch.bfloat16, size)
         fast = bf16 > 1.5 * matmul_rate(device, torch.float32, size)
@@ -358,12 +358,12 @@ def autocast(device, dtype):
 # ------------------------------------------------------------------------------------------- files
 @contextlib.contextmanager
 def atomic_write(path):
-    """Gives a temporary path to write to, renamed to `path` at the end: whole or not at all."""
+    """Yields a temporary path to write to, renamed to `path` at the end: whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
     try:
         yield unfinished
         os.replace(unfinished, path)
-    except (RuntimeError, SafetensorError) as error:    # what some make of a full disk
+    except (RuntimeError, SafetensorError) as error:    # what some raise on a full disk
         if system_failure(error):
             raise
         raise OSError(f"{path} cannot be written: {say_why(error)}") from None
@@ -394,9 +394,9 @@ def read_weights(path, name, hint=""):
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            mmap = zipfile.is_zipfile(path)             # read what is used alone; old files cannot
+            mmap = zipfile.is_zipfile(path)             # read only what is used; old files cannot
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            for inner in ("ema", "state_dict", "model"):         # checkpoints keep them lower down
+            for inner in ("ema", "state_dict", "model"):         # checkpoints nest them
                 if isinstance(content.get(inner), dict):
                     content = content[inner]
         # what DistributedDataParallel and torch.compile put before the names
@@ -437,7 +437,7 @@ def natural(text):
 
 
 def positive(text):
-    """The type of a flag that counts something, of which more would fit into no memory."""
+    """The type of a flag that counts something; more would not fit into memory."""
     return whole(text, 1, 10**6)
 
 
@@ -453,7 +453,7 @@ NUMBERS = {int: whole, float: finite}
 
 
 def add_config_flags(parser, config_class, presets):
-    """--preset, and a flag for each field with a comment behind it, which is the help text."""
+    """--preset, and a flag for each field with a trailing comment, which is its help text."""
     group = parser.add_argument_group("settings")
     own = "; pictures with --data of your own" if "pictures" in presets else ""
     group.add_argument("--preset", choices=presets,
@@ -471,13 +471,13 @@ def add_config_flags(parser, config_class, presets):
         elif typing.get_args(field.type):                        # Literal["a", "b"]
             options = {"choices": typing.get_args(field.type)}
         text = f"{comments[field.name]} (toy: {field.default})".replace("%", "%%")
-        # SUPPRESS: what is not given is not in the arguments, and the preset's value holds
+        # SUPPRESS: a flag not given is not in the arguments, so the preset's value holds
         group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=text, **options)
 
 
 def check_value(kind, default, value):
-    """A value of JSON or of a flag, as a field of this type has it; raises if it does not fit."""
+    """A value from JSON or a flag, converted to a field's type; raises if it does not fit."""
     if kind is tuple:
         return tuple(check_value(type(default[0]), default[0], number) for number in value)
     if kind in NUMBERS and not isinstance(value, bool):
@@ -491,7 +491,7 @@ def check_value(kind, default, value):
     return value
 
 
-# lowest and highest value of settings that several methods have
+# lowest and highest values of settings that several methods share
 BOUNDS = {
     "steps": (1, 2**31), "batch_size": (1, 2**20), "warmup": (0, 2**31), "decay": (0, 1),
     "lr": (1e-12, 1e3), "muon_lr": (1e-12, 1e3), "betas": (0, 1 - 1e-9), "ema": (0, 1),
@@ -502,7 +502,7 @@ BOUNDS = {
 def check_bounds(cfg, **own):
     """Refuses settings beyond BOUNDS or a method's own bounds, {name: (lowest, highest)}.
 
-    What is beyond them ends in an error far from its cause, takes all memory, or learns nothing.
+    Beyond them an error comes far from its cause, memory runs out, or nothing is learned.
     """
     for name, (lowest, highest) in (BOUNDS | own).items():
         value = getattr(cfg, name, lowest)
@@ -538,7 +538,7 @@ def make_config(config_class, presets, args):
 
 
 def relocate(path, folder):
-    """A path that a run's config names; where there is none, as seen from around the run."""
+    """A path in a run's config; if it does not exist, as seen from a folder above the run."""
     if not os.path.exists(path):
         for parent in Path(folder).resolve().parents:
             if (parent / path).exists():
@@ -582,7 +582,7 @@ def add_training_flags(parser, out_help, quick=None):
     parser.add_argument("--out", help=out_help)
     if quick:
         parser.add_argument("--quick", action="store_true",
-                            help=f"the same in small, within minutes, into {quick['out']}")
+                            help=f"a smaller run, within minutes, into {quick['out']}")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, where it stopped")
     parser.add_argument("--overwrite", action="store_true",
@@ -591,7 +591,7 @@ def add_training_flags(parser, out_help, quick=None):
 
 
 def parse_args(parser, quick):
-    """The arguments; with --quick what the dict `quick` names has other defaults: {name: value}."""
+    """The arguments; with --quick, the dict `quick` replaces defaults: {name: value}."""
     args = parser.parse_args()
     if args.quick:
         parser.set_defaults(**quick)
@@ -600,7 +600,7 @@ def parse_args(parser, quick):
 
 
 def refuse_flags(parser, args, names, reason):
-    """A flag that plays no part in what is to be done is refused, not ignored."""
+    """A flag that would have no effect is refused, not ignored."""
     for name in names:
         if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
@@ -608,7 +608,7 @@ def refuse_flags(parser, args, names, reason):
 
 # -------------------------------------------------------------------------------------- run folder
 def run_files(path):
-    """(folder, weights) of what names a run: its folder, or a .safetensors file in one."""
+    """(folder, weights) of a run, named by its folder or by a .safetensors file in it."""
     path = Path(path)
     if path.suffix == ".safetensors":
         return path.parent, path
@@ -637,11 +637,11 @@ def check_run(folder, args):
 
 
 def may_go_on(name, before, now):
-    """Whether a run can be resumed with the setting `name` of now: {name: value}, not `before`."""
+    """Whether a run with `name` = `before` can resume with the settings `now`, {name: value}."""
     value = now[name]
     depends_on_steps = now.get("decay") != 0 or now.get("noise_first")
     if name == "steps" and not depends_on_steps and type(before) is int:
-        return before <= value                          # neither rate nor noise depend on it
+        return before <= value                          # neither rate nor noise depends on it
     if isinstance(value, str) and isinstance(before, str):
         spelled = [path for path in (before, value) if os.path.exists(path)]
         return before == value or (len(spelled) == 2 and os.path.samefile(*spelled))
@@ -649,7 +649,7 @@ def may_go_on(name, before, now):
 
 
 def check_settings(folder, cfg, same_data=False):
-    """Refuses to go on in a run folder with other settings; returns all that its config gets."""
+    """Refuses to resume in a run folder with other settings; returns its new config."""
     before = read_json(Path(folder) / "config.json")
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
     for name in now:
@@ -664,7 +664,7 @@ def check_settings(folder, cfg, same_data=False):
 
 
 def load_part(part, saved):
-    """part.load_state_dict; of an optimizer, which itself checks little, the state alone."""
+    """part.load_state_dict; for an optimizer, which itself checks little, only the state."""
     if not isinstance(part, torch.optim.Optimizer):
         part.load_state_dict(saved)
         return
@@ -697,10 +697,10 @@ def read_metrics(path):
 class Run:
     """The folder of one training: config.json, metrics.csv, checkpoints; and its progress bar.
 
-    parts: modules and optimizers, which with args.resume get the state that was saved.
-    weights: {name: tensor} for model.safetensors; each save writes the values they have then.
-    dataset: what it learns from, so that it can go on with the same data in another place.
-    `start`: the step after which the training goes on, 0 for a new one.
+    parts: modules and optimizers, whose saved state is restored with args.resume.
+    weights: {name: tensor} for model.safetensors; each save writes their values at that time.
+    dataset: what it learns from, so it can resume with the same data in another place.
+    `start`: the step after which training resumes, 0 for a new run.
     """
     def __init__(self, folder, cfg, parts, weights, args, precision, save_every=1000,
                  title="training", rank=0, dataset=None):
@@ -725,13 +725,13 @@ class Run:
                 for old in self.folder.glob(pattern):
                     old.unlink()
             write_json(self.folder / "config.json", dataclasses.asdict(cfg))
-        if rank == 0:                                   # what a kill has left
+        if rank == 0:                                   # left by a killed run
             for unfinished in self.folder.rglob("*.unfinished"):
                 unfinished.unlink()
         self.saved = self.start                         # the step of the last checkpoint
         self.progress = tqdm(total=self.steps, initial=self.start, desc=title, unit="step",
                              disable=rank > 0 or self.start == self.steps)
-        # torchrun's processes would each stop at another step: there, Ctrl-C ends them at once
+        # torchrun's processes would each stop at a different step: there, Ctrl-C ends them at once
         if self.start < self.steps and "WORLD_SIZE" not in os.environ:
             signal.signal(signal.SIGINT, self.ask_to_stop)
             signal.signal(signal.SIGTERM, self.ask_to_stop)      # what clusters send
@@ -755,7 +755,7 @@ class Run:
         path = self.folder / "metrics.csv"
         if self.rank == 0:
             write_json(self.folder / "config.json", settings)
-        if self.rank == 0 and path.exists():            # drop the rows from after the checkpoint
+        if self.rank == 0 and path.exists():            # drop the rows after the checkpoint
             names, rows = read_metrics(path)
             rows = [row for row in rows if float(row[0]) <= self.start]
             with atomic_write(path) as unfinished:
@@ -766,7 +766,7 @@ class Run:
         signal.signal(number, signal.default_int_handler)        # a second Ctrl-C ends at once
 
     def log(self, step, **values):
-        """To be called at every step, with numbers or tensors of one number, or None for neither.
+        """To be called at every step, with numbers or one-element tensors, or None for no value.
 
         Their means over 20 steps go to metrics.csv and to the progress bar.
         """
@@ -796,7 +796,7 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self):
-        """Around writing to the folder."""
+        """Wraps writing to the folder."""
         try:
             yield
         except OSError as error:
@@ -853,10 +853,10 @@ def percent(name, verdicts):
 
 
 def machine():
-    """The GPU or the processor, in words."""
-    if torch.cuda.is_available():
+    """The name of the GPU that this process has used, or of the processor."""
+    if torch.cuda.is_initialized():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")                     # Linux names the processor here alone
+    cpuinfo = Path("/proc/cpuinfo")                     # Linux names the processor only here
     found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
     name = found[1] if found else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
@@ -888,7 +888,7 @@ def write_results(folder, figures):
 
 
 def finish(folder, figures, begin):
-    """Writes the last figures of a run and its cost, seconds since time.time() was `begin`."""
+    """Writes the final figures of a run and its cost; begin: time.time() at the start."""
     seconds = time.time() - begin
     memory = peak_memory_mb()
     write_results(folder, figures | {"seconds": seconds, "peak_memory_mb": memory})
@@ -897,7 +897,7 @@ def finish(folder, figures, begin):
 
 
 def print_table(rows, title=""):
-    """Prints rows of equal length, the first is the heading, in columns; floats with one digit."""
+    """Prints rows of equal length in columns, the heading first; floats with one decimal."""
     cells = [[f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row]
              for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -912,7 +912,7 @@ def print_table(rows, title=""):
 
 # ---------------------------------------------------------------------------------------- pictures
 def load_font(path=None):
-    """The font of a file; by default DejaVu, which knows more scripts than Pillow's own font."""
+    """The font of a file; by default DejaVu, which covers more scripts than Pillow's own font."""
     if path:
         with reading(f"--font {path}", "it is no font file that can be read"):
             return ImageFont.truetype(path, 11)
@@ -923,7 +923,7 @@ def load_font(path=None):
 
 
 def wrap(text, width, font):
-    """Lines of `width` pixels: broken at spaces, behind hyphens and between CJK letters."""
+    """Lines of `width` pixels: broken at spaces, after hyphens and between CJK characters."""
     cjk = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"
     lines = []
     for part in re.findall(rf" ?(?:[{cjk}]|[^ {cjk}-]*-|[^ {cjk}-]+)", " ".join(text.split())):
@@ -979,11 +979,29 @@ def draw_grid(images, texts, columns=None, titles=(), font=None):
     return Image.fromarray(sheet)
 
 
+def round_ticks(low, high):
+    """Two to seven multiples of 1, 2 or 5 times a power of ten, from low to high."""
+    rough = (high - low) / 6
+    power = 10.0**math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first = math.ceil(low / step - 1e-9)                # rounding must not lose a tick at the end
+    last = math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)]
+
+
+def log_ticks(low, high):
+    """The same for an axis of logarithms: 1, 2 and 5 times each power of ten."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks if len(ticks) > 2 else round_ticks(low, high)
+
+
 CURVE_COLOURS = ["#2c5cd2", "#d6302c", "#34a046", "#963cb0", "#e08a1e", "#555555"]
 
 
 def plot(curves, path, x_label, y_label, log=False):
-    """Draws curves {name: [(x, y), ...]} with axes and a legend. log: of y, where it is above 0."""
+    """Draws curves {name: [(x, y), ...]} with axes and a legend. log: plot log y, where y > 0."""
     scale = math.log10 if log else float
     points = {}
     for name, curve in curves.items():
@@ -995,17 +1013,21 @@ def plot(curves, path, x_label, y_label, log=False):
     low = every.min(0)
     extent = every.max(0) - low
     extent[extent == 0] = 1
+    high = low + extent
     origin = np.array([64, 320])                        # where the axes meet, in pixels
     size = np.array([560, -280])                        # rows count from the top
     sheet = Image.new("RGB", (640, 360), "white")
     draw = ImageDraw.Draw(sheet)
     font = load_font()
-    for fraction in (0, 0.25, 0.5, 0.75, 1):
-        x, y = low + fraction * extent
-        column, row = origin + fraction * size
+    for tick in log_ticks(10**low[1], 10**high[1]) if log else round_ticks(low[1], high[1]):
+        row = 320 - 280 * (scale(tick) - low[1]) / extent[1]
         draw.line((64, row, 624, row), "#dddddd")
-        draw.text((58, row), f"{10**y if log else y:.3g}", "black", font, anchor="rm")
-        draw.text((column, 324), f"{x:g}", "black", font, anchor="ma")
+        draw.text((58, row), f"{tick:.4g}", "black", font, anchor="rm")
+    for tick in round_ticks(low[0], high[0]):
+        column = 64 + 560 * (tick - low[0]) / extent[0]
+        draw.line((column, 320, column, 324), "#888888")
+        draw.text((column, 326), f"{tick:.6g}", "black", font, anchor="ma")
+    draw.line((64, 320, 624, 320), "#888888")
     draw.text((344, 342), x_label, "black", font, anchor="ma")
     draw.text((64, 2), y_label, "black", font)
     legend = 64

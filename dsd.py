@@ -1,10 +1,10 @@
 """Discriminative Stable Diffusion: a frozen generator as a few-shot matcher (arXiv 2305.10722).
 
 The idea. A network that draws an image from a text has to know what the words look like. So show it
-an image with some noise and a text, and read the attention logits between patches and words: they
+a noisy image and a text, and read the attention logits between patches and words: they
 are high where a patch shows what a word names. Pooled, they are the matching score. A few labelled
 examples sharpen it: they train LoRA on the blocks, the weights of the attention heads, and a few
-prompt embeddings beside the caption. The network stays frozen, and no classifier is put on top.
+prompt embeddings before the caption. The network stays frozen, and no classifier is put on top.
 
     x_t       = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps   the same few (t, eps) for all candidates
     logits    = q k^T / sqrt(d)                           of N patches and L words, in three blocks
@@ -24,13 +24,13 @@ their mask; logits (B, H, N, L) of each block; [a, b] (B, 2, blocks, H); w (2, b
     python -m experiments.dsd compare                               # CLIP and denoising errors
 
 Differs from the paper [what its release does]; docs/dsd.md has the rest:
- 1. A score is of one sample [the mean over a batch, which leaks which candidate is right].
- 2. The right candidate stands anywhere; a tie or nan is wrong [first; ties go to the first].
+ 1. A score is for one sample [the mean over a batch, which leaks which candidate is right].
+ 2. The right candidate can be anywhere; a tie or nan is wrong [first; ties go to the first].
  3. In training the candidates of a group share t and eps [each draws its own].
- 4. Padding is masked [all 77 keys count]. Head weights also weigh b [weights are described only].
+ 4. Padding is masked [all 77 keys count]. Head weights also weigh b [weights are only described].
  5. Preset toy tunes and scores the attention alone [the hybrid, as preset paper does].
  6. Learned prompts stand before the caption tokens and are not pooled [described, not released].
- 7. toy: LoRA is on the feed-forward layers, too, or shapes are confused [attention alone].
+ 7. toy: LoRA is also on the feed-forward layers, or else shapes are confused [attention alone].
 """
 import argparse
 import copy
@@ -59,8 +59,8 @@ from toy import matching
 
 @dataclass
 class Config:
-    base: str = "runs/uvit_fusion"  # run of uvit_fusion.py or fine_rewards.py that is to match
-    score: Literal["attention", "hybrid"] = "attention"  # hybrid: also the error's fall by the text
+    base: str = "runs/uvit_fusion"  # run of uvit_fusion.py or fine_rewards.py to match with
+    score: Literal["attention", "hybrid"] = "attention"  # hybrid: plus the drop in error from text
     times: tuple = (20, 400)        # lowest and highest t
     evaluations: int = 4            # values of t, evenly spaced: network evaluations a candidate
     prompts: int = 4                # learned prompt embeddings
@@ -70,14 +70,14 @@ class Config:
     data: str = "shapes"            # "shapes" (the toy world), or a file of groups
     shots: float = 512              # labelled groups, the first of the file; below 1: a share
     steps: int = 400                # training steps
-    batch_size: int = 16            # groups a step
+    batch_size: int = 16            # groups per step
     negatives: int = 3              # wrong candidates a group: its own, then other groups' texts
-    margin: float = 0.3             # by which the right candidate shall be ahead
+    margin: float = 0.3             # by which the right candidate should be ahead
     lr: float = 4e-3                # highest learning rate of AdamW
     weight_lr: float = 2e-2         # the same for the weights of the heads
     warmup: int = 50                # steps of linear warm-up
     decay: float = 1.0              # share of the steps, at the end, in which the rate falls to 0
-    weight_decay: float = 0.01      # of AdamW, but for the weights of the heads
+    weight_decay: float = 0.01      # of AdamW, except for the weights of the heads
     betas: tuple = (0.9, 0.99)      # of AdamW
     grad_clip: float = 1.0          # largest norm of the gradient (0: no clipping)
     seed: int = 0                   # of weights, order and noise
@@ -102,7 +102,7 @@ PRESETS = {
         head_weights=False, lora_mlp=False, data="refcocog_train.jsonl", shots=0.05, negatives=9,
         margin=0.1, lr=1e-4, warmup=0, decay=0.0, betas=(0.9, 0.999)),
 }
-# --quick: the same in small
+# --quick: a smaller run
 QUICK = dict(out="runs/quick_dsd", samples=64, steps=100, warmup=15)
 
 
@@ -138,7 +138,7 @@ class Matcher(nn.Module):
         self.bank = noise_bank(pipeline, cfg.times, cfg.evaluations)
         self.uvit = copy.deepcopy(pipeline.model).requires_grad_(False)
         joint = self.uvit.joint_blocks
-        # the last of the way down, the middle, the last of the way up; a single one counts once
+        # the last on the way down, the middle, the last on the way up; duplicates count once
         self.blocks = sorted({max(0, joint // 2 - 1), joint // 2, joint - 1})
         torch.manual_seed(cfg.seed)
         if cfg.lora_rank:
@@ -164,7 +164,7 @@ class Matcher(nn.Module):
         return torch.cat([prompts, y], dim=1), F.pad(mask, (len(self.prompts), 0), value=True)
 
     def attention_logits(self, x_t, t, y, mask):
-        """Logits of three joint blocks, to words, -inf on padding, and to all keys; the output.
+        """Logits of three joint blocks to words (-inf on padding) and to all keys; the output.
 
         [(B, H, N, L)], [(B, H, N, K)], (B, C, S, S).
         """
@@ -213,13 +213,13 @@ class Matcher(nn.Module):
 
 
 class Candidates:
-    """All images, texts and (image, text) pairs of groups (see `read_groups`), each only once.
+    """All images, texts and (image, text) pairs of groups (see `read_groups`), each once.
 
     images uint8 (I, 3, H, W); x_0 (I, C, S, S); texts; pairs (M, 2), numbers of an image and a
     text; members: for each group the numbers of its pairs.
     """
     def __init__(self, groups, pipeline):
-        # a path, text or pair that is new gets the next number
+        # a new path, text or pair gets the next number
         image_number = {}
         text_number = {}
         pair_number = {}
@@ -240,7 +240,7 @@ class Candidates:
         self.x_0 = pipeline.encode(self.images, sample=False)
 
     def tables(self, scores):
-        """Scores (M,) of all pairs -> for each group an array, a row an image, a column a text."""
+        """Scores (M,) of all pairs -> for each group an array (images, texts)."""
         return [scores[members].view(len(group["pictures"]), -1).numpy()
                 for group, members in zip(self.groups, self.members)]
 
@@ -260,18 +260,18 @@ def match(matcher, candidates, bank=None, score=Matcher.forward, batch_size=256)
                        for t, eps in bank]
         scores.append(torch.stack(scores_at_t).mean(0).cpu())
     scores = torch.cat(scores)
-    if not scores.isfinite().all():                             # nan would be a wrong answer
+    if not scores.isfinite().all():                             # nan would count as wrong
         raise UserError("the network gives nan, no scores: its weights are damaged, or too large "
                         "for this precision: try --precision fp32")
     return scores
 
 
 def match_and_count(matcher, candidates, bank=None):
-    """`match` by the matcher's own score, and how many network evaluations that takes."""
+    """`match` with the matcher's own score, and how many network evaluations that takes."""
     bank = bank or matcher.bank
     evaluations = len(candidates.pairs) * len(bank)
     if matcher.cfg.score == "hybrid":
-        evaluations += len(candidates.x_0) * len(bank)          # without a text: once for an image
+        evaluations += len(candidates.x_0) * len(bank)          # without a text: once per image
     return match(matcher, candidates, bank), evaluations
 
 
@@ -303,11 +303,11 @@ def most_similar_texts(has_word, i, count):
 def hard_negatives(candidates, needed):
     """For each group (right pair, its wrong pairs, further wrong pairs); a pair is [image, text].
 
-    A group with fewer than `needed` wrong pairs gets further ones: its image with similar texts of
-    other groups. (A few of these texts may happen to fit.)
+    A group with fewer than `needed` wrong pairs gets further ones: its image with similar texts
+    from other groups. (A few of these texts may happen to fit.)
     """
     has_word = None
-    if min(map(len, candidates.members)) <= needed:         # most benchmarks bring enough negatives
+    if min(map(len, candidates.members)) <= needed:         # most benchmarks have enough negatives
         has_word = count_words(candidates.texts)
     examples = []
     for group, members in zip(candidates.groups, candidates.members):
@@ -400,7 +400,7 @@ def load_base(path, args):
 
 
 def load_matcher(path, args):
-    """The tuned matcher of a run; of one of uvit_fusion.py or fine_rewards.py, zero-shot."""
+    """The tuned matcher of a run; for a run of uvit_fusion.py or fine_rewards.py, zero-shot."""
     folder, weights = common.run_files(path)
     if not (folder / "config.json").exists():
         raise UserError(f"there is no run in {folder}/: tune one first, python dsd.py --train, or "
@@ -424,7 +424,7 @@ def load_matcher(path, args):
 
 # -------------------------------------------------------------------------------- the toy world
 def toy_groups(pipeline):
-    """The folder of the toy world's groups, match_*.jsonl, which are built on first need."""
+    """The folder of the toy world's groups, match_*.jsonl, which are built when first needed."""
     data = toy.prepare("shapes", pipeline.cfg.clip, pipeline.image_size)
     return Path(matching.build_matching(data, pipeline.image_size)) / "annotations"
 
@@ -469,7 +469,7 @@ def find_words(tokenizer, text, length):
                   if max(start, word.start()) < min(end, word.end())]          # they overlap
         if tokens:
             found.append((word.group(), tokens))
-    return found or [(text, [])]                     # of a text without any token, like U+200B
+    return found or [(text, [])]                     # a text without any token, such as U+200B
 
 
 @torch.no_grad()
@@ -489,7 +489,7 @@ def attention_maps(matcher, x_0, text):
 
 
 def draw_attention(matcher, image, texts, scores, path):
-    """For each text a row: the image (3, H, H), then for each word the patches that look at it."""
+    """A row for each text: the image (3, H, H), then for each word the patches that look at it."""
     encoder = matcher.pipeline.text_encoder
     x_0 = matcher.pipeline.encode(image[None], sample=False)
     image = image.permute(1, 2, 0).numpy().astype(float)

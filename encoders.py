@@ -4,7 +4,7 @@
     texts    -> LLMEncoder  -> features (B, n, D), token_mask (B, n)
     images, texts -> ClipScorer -> unit vectors (B, D)
 
-Each is a folder, or a name on the hub, and is refused with one line if it is something else.
+Each is a folder or a name on the hub; anything else is refused with one line.
 """
 import contextlib
 import os
@@ -25,7 +25,7 @@ from common import UserError
 
 
 def hub_answers(seconds=5):
-    """Can the Hugging Face hub be reached? Without a network, its client needs 48 s to give up."""
+    """Can the Hugging Face hub be reached? Without a network, its client takes 48 s to give up."""
     answers = []
 
     def ask():
@@ -43,7 +43,7 @@ def hub_answers(seconds=5):
 
 
 def check_path(path):
-    """Refuses what is no model, and keeps from the network where there is none."""
+    """Refuses what is not a model, and goes offline where there is no network."""
     folder = Path(path)
     is_gguf = str(path).lower().endswith("gguf") or any(folder.glob("*.gguf"))
     if is_gguf and not (folder / "config.json").exists():
@@ -62,7 +62,7 @@ OWN_TOKENIZER = ("the model's own tokenizer files must lie in its folder (Stable
 
 
 def check_tokenizer(tokenizer, config):
-    """Where the files are missing, transformers makes up a tokenizer of some two words."""
+    """If the files are missing, transformers makes up a tokenizer of about two words."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", len(tokenizer))
     if not 0.5 * vocabulary <= len(tokenizer) <= 1.1 * vocabulary:
         raise OSError(f"the model has {vocabulary} tokens, its tokenizer {len(tokenizer)}: "
@@ -71,7 +71,7 @@ def check_tokenizer(tokenizer, config):
 
 
 def reason_not_loaded(error):
-    """An error of transformers in one line, with the way out."""
+    """An error from transformers in one line, with the remedy."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     message = str(error).strip()
@@ -95,13 +95,13 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
     """A frozen model of transformers (class name `kind`) and its tokenizer or other processor.
 
     path: a folder in the Hugging Face format or a name on the hub; messages call it `name`.
-    "AutoModel" becomes the encoder alone, where a model has other parts as well.
+    "AutoModel" loads only the encoder of a model that has other parts too.
     """
     import transformers  # takes seconds, and --help needs none of it
 
     transformers.utils.logging.set_verbosity(50)        # its warnings are for developers
     transformers.utils.logging.disable_progress_bar()
-    # the fused attention kernel is slow on CPUs at short sequences
+    # the fused attention kernel is slow on CPUs for short sequences
     kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"
     kwargs = {"attn_implementation": kernel} | kwargs
     trust = common.TRUST_REMOTE_CODE
@@ -186,9 +186,9 @@ class TextEncoder:
         self.kept = None                                # features (N, L, D), token_mask (N, L)
 
     def keep(self, captions, memory=2**29, progress=True):
-        """Encodes captions ahead, for training, if their features fit into `memory` bytes.
+        """Encodes captions in advance, for training, if their features fit into `memory` bytes.
 
-        Captions repeat, and a GPU takes as long for the few new ones of a step as for hundreds.
+        Captions repeat, and a GPU takes as long for a step's few new ones as for hundreds.
         The default is just enough for the toy world and its tiny CLIP.
         """
         captions = list(dict.fromkeys(["", *captions]))          # "" stands for dropped ones
@@ -213,9 +213,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions):
-        """What `__call__` returns, computed anew.
+        """What `__call__` returns, computed afresh.
 
-        Padded to L, as the published U-ViT was trained. Padding does not change the features of a
+        Padded to L, as in the published U-ViT's training. Padding does not change the features of a
         caption: CLIP attends causally, the others get the mask. Longer captions are cut off.
         """
         tokens = self.tokenizer(captions, padding="max_length", truncation=True,
@@ -228,7 +228,7 @@ class TextEncoder:
                       f"{self.length}, the rest is cut off")
                 self.warned = True
         mask = tokens.attention_mask.to(self.device)
-        # in fp32 a large CLIP would cost a GPU as much as the rest of the training step
+        # in fp32 a large CLIP would take a GPU as long as the rest of the training step
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             output = self.model(input_ids=tokens.input_ids.to(self.device),
                                 attention_mask=None if self.is_clip else mask)
@@ -238,8 +238,8 @@ class TextEncoder:
 class LLMEncoder:
     """A frozen language model, causal (Llama, Qwen, Gemma) or encoder (T5, BERT).
 
-    layer: 0 is the embeddings, -1 the last layer; instruction: a text put before each prompt,
-    whose own states are cut off again. `dim` is D. `identity` names model, layer and instruction.
+    layer: 0 is the embeddings, -1 the last layer; instruction: a text put before each prompt;
+    its own states are cut off again. `dim` is D. `identity` names model, layer and instruction.
     """
     def __init__(self, path, layer=-1, instruction="", device="cpu", dtype=torch.float32):
         self.device = torch.device(device)
@@ -262,7 +262,7 @@ class LLMEncoder:
         self.instruction = instruction
         self.prefix = 0                                 # the number of the instruction's tokens
         if instruction:
-            # They are what two prompts behind it have in common. One is kept where the prompt ""
+            # They are what two prompts after it have in common. One is kept where the prompt ""
             # would be left with no token at all.
             prompts = [instruction + text for text in ("a", "7", "")]
             ids_a, ids_7, alone = self.tokenizer(prompts).input_ids
@@ -322,7 +322,7 @@ class ClipScorer:
         return F.normalize(features.pooler_output, dim=-1)
 
     def texts(self, texts):
-        """B texts, each cut off where CLIP ends -> (B, D)."""
+        """B texts, each cut off at CLIP's limit -> (B, D)."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=self.length,
                                 return_tensors="pt").to(self.device)
         features = self.model.get_text_features(

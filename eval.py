@@ -1,9 +1,9 @@
-"""Grades any run that draws: by the exact judge, by noise level, or by CLIP score, CMMD, FID.
+"""Grades any run that generates images: by exact judge, noise level, or CLIP score, CMMD, FID.
 
     python eval.py                         # 2 048 held-out captions, graded by the exact judge
     python eval.py --run runs/uvit_fusion/step1400.safetensors --samples 512
     python eval.py --by-noise              # at which noise levels a wrong word raises the loss
-    python eval.py --quality               # CLIP score and CMMD; for the toy world, by its CLIP
+    python eval.py --quality               # CLIP score and CMMD; for the toy world, with its CLIP
     python eval.py --quality --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth \\
         --data path/to/coco --inception inception-2015-12-05.pt                    # FID as well
 
@@ -15,9 +15,9 @@ What --quality measures, with the features x of N generated images and y of real
     FID  = |mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2))     Heusel et al. 2017, 1706.08500
            mu and S are mean and covariance of Inception features
 
-The papers' CLIP is ViT-B/32 for the score and ViT-L/14 at 336 pixels for CMMD. Figures of another
-CLIP (--clip-model) cannot be compared with theirs. So those of the toy world's tiny CLIP are called
-tiny_clip_score and tiny_clip_distance, and the FID of toy images toy_inception_distance.
+The papers' CLIP is ViT-B/32 for the score and ViT-L/14 at 336 pixels for CMMD. Figures from another
+CLIP (--clip-model) cannot be compared with theirs. So those from the toy world's tiny CLIP are
+called tiny_clip_score and tiny_clip_distance, and the FID of toy images toy_inception_distance.
 
 Figures are printed as a table and written to results.json.
 """
@@ -43,7 +43,7 @@ from toy import by_noise, judge
 class Inception:
     """An Inception network from a TorchScript file: images uint8 (B, H, W, 3) -> features (B, D).
 
-    The file brings code of its own, which also resizes the images. Its SHA-256 is printed before
+    The file brings its own code, which also resizes the images. Its SHA-256 is printed before
     that code runs.
     """
     def __init__(self, path, device="cpu"):
@@ -117,7 +117,7 @@ def mean_kernel(a, b, sigma, rows=256):
 def cmmd(x, y, sigma=10.0):
     """1000 (E k(x, x') + E k(y, y') - 2 E k(x, y)), of CLIP features x (N, D) and y (M, D).
 
-    As in the paper's code, the means are over all pairs, also those of an image with itself.
+    As in the paper's code, the means are over all pairs, including each image with itself.
     """
     x = np.asarray(x, np.float64)
     y = np.asarray(y, np.float64)

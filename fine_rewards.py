@@ -14,12 +14,12 @@ how likely each of them is in the scene. Rewards have no common unit, so they vo
 
     rank_r(k)  = 0 for the best of the K candidates under reward r, ..., K - 1 for the worst
     best       = argmin_k sum_r weight_r rank_r(k)                         one image a prompt
-    loss       = |model(x_t, t, p) - target|^2 of the best images, by LoRA on all attention,
+    loss       = |model(x_t, t, p) - target|^2 of the best images, with LoRA on all attention,
                  and of half as many real ones;
                  with --learn dpo also of the worst, see `dpo_loss`
 
-A round samples from the current model, scores, selects, and fine-tunes on all that was selected so
-far. The next round begins with the result (RAFT: reward-ranked fine-tuning, arXiv 2304.06767).
+A round samples from the current model, scores, selects, and fine-tunes on everything selected so
+far. The next round starts from the result (RAFT: reward-ranked fine-tuning, arXiv 2304.06767).
 
 Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, scores {reward: (P, K)}.
 
@@ -30,13 +30,13 @@ Shapes: P prompts, K candidates of each: candidates (P, K, H, W, 3) uint8, score
 
 Differs from the paper [what its release does]; docs/fine_rewards.md has the rest:
  1. All K candidates are scored against their own prompt [candidate i against the i-th prompt].
- 2. Ranks count better candidates, and equal rewards share theirs [argsort in the place of ranks].
+ 2. Ranks count better candidates, and equal rewards share a rank [argsort in place of ranks].
  3. A label's score is an expectation, in a fresh context [digits from one long conversation].
  4. A segmenter finds the parts, or with --sam SAM does: segmenter.py [tags of a tagger, no SAM].
- 5. toy: three rewards vote, with weights 1, 0.5, 1, and the best 80 % of the selected images are
-    learned from, and half as many real ones, which keep variety [caption and SAM reward beside a
+ 5. toy: three rewards vote, with weights 1, 0.5, 1; the model learns from the best 80 % of the
+    selected images and half as many real ones, which keep variety [caption and SAM reward and a
     CLIP tuned to human taste; all of the selected images, and no others].
- 6. Two additions, if asked for: --sam-score two-sided sees what is missing, too; --learn dpo.
+ 6. Two optional additions: --sam-score two-sided also sees what is missing; --learn dpo.
 """
 import argparse
 import collections
@@ -79,23 +79,23 @@ class Config:
     llm: str = "runs/toy/llm"  # causal language model that scores the labels
     clip_model: str = ""  # CLIP of the rewards (default: the base's)
     scorer: str = "runs/toy/quality.safetensors"  # linear head on CLIP, for the aesthetic reward
-    instruction: str = "scene: {prompt}. {label}:"  # the question that the LLM answers by 1, 2 or 3
+    instruction: str = "scene: {prompt}. {label}:"  # the question the LLM answers with 1, 2 or 3
     # sample, score and select
     prompts: int = 2000  # prompts a round
     candidates: int = 10  # K, images sampled for a prompt
     sample_steps: int = 10  # network evaluations a candidate
     candidate_guidance: float = 1.5  # guidance that candidates are sampled with
     weights: tuple = (1.0, 0.5, 1.0, 0.0)  # of the ranks by caption, SAM, CLIP, aesthetic reward
-    sam_score: Literal["one-sided", "two-sided"] = "one-sided"  # two-sided: and what is missing
-    score_batch: int = 256  # images that are scored at a time
+    sam_score: Literal["one-sided", "two-sided"] = "one-sided"  # two-sided: also what is missing
+    score_batch: int = 256  # images scored at a time
     keep: float = 0.8  # share of the prompts to learn from, those with the best images
     # tune
     learn: Literal["sft", "dpo"] = "sft"  # from the best image, or from the best against the worst
-    beta: float = 500.0  # of dpo: beta T; the larger, the nearer to the start of the round
+    beta: float = 500.0  # of dpo: beta T; larger stays closer to the start of the round
     real: float = 0.5  # of sft: real images to learn from, for each chosen one; they keep variety
     rounds: int = 2  # rounds of sampling, scoring, selecting and tuning
     steps: int = 400  # training steps a round
-    batch_size: int = 64  # images a step
+    batch_size: int = 64  # images per step
     rank: int = 32  # of LoRA
     lr: float = 2e-3  # highest learning rate of AdamW
     warmup: int = 20  # steps of linear warm-up
@@ -139,13 +139,13 @@ PRESETS = {
         steps=6250,  # ten passes of batch 8 over the images that a round adds
         batch_size=8, rank=4, lr=9e-6, warmup=0, decay=0.0, data="coco"),
 }
-# --quick: the same in small
+# --quick: a smaller run
 QUICK = dict(out="runs/quick_fine_rewards", samples=128, prompts=100, rounds=1, steps=60)
 
 
 # -------------------------------------------- the experts: captioner, segmenter, language model
 class Captioner:
-    """Images uint8 (N, H, W, 3) -> N captions, by any image-to-text model of transformers."""
+    """Images uint8 (N, H, W, 3) -> N captions, with any image-to-text model of transformers."""
     def __init__(self, path, device, dtype):
         self.model, self.processor = encoders.load_pretrained(
             "AutoModelForImageTextToText", path, "--captioner", "captioner", device,
@@ -173,10 +173,10 @@ class LabelScorer:
 
     def tokenize(self, prompt, label):
         """Token ids of the question, and of the three answers to it."""
-        # no str.format: an instruction may hold other braces
+        # no str.format: an instruction may contain other braces
         text = self.instruction.replace("{label}", label).replace("{prompt}", prompt)
         chat = self.tokenizer.chat_template is not None
-        if chat:                                     # it holds all special tokens that are needed
+        if chat:                                     # it has all the special tokens needed
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         else:
@@ -210,14 +210,14 @@ class LabelScorer:
 
 # ------------------------------------------------------------------------------------- rewards
 def caption_reward(captions, prompts, clip):
-    """cos(CLIP(caption), CLIP(p)), of what a captioner said of N images: (N,)."""
+    """cos(CLIP(caption), CLIP(p)), for a captioner's captions of N images: (N,)."""
     return (clip.texts(captions) * clip.texts(prompts)).sum(-1).cpu().numpy()
 
 
 def sam_reward(parts, prompts, label_scorer):
     """(sum_i s_i - 2 n) / (2 n), in [-0.5, 0.5], of the n parts of each image: (N,).
 
-    parts: N lists of (label, mask). It cannot see what is missing in an image, nor a wrong count.
+    parts: N lists of (label, mask). It cannot see what is missing in an image, or a wrong count.
     """
     pairs = [(prompt, label) for prompt, found in zip(prompts, parts) for label, _ in found]
     ends = np.cumsum([len(found) for found in parts])
@@ -228,20 +228,20 @@ def sam_reward(parts, prompts, label_scorer):
     return np.array(rewards)
 
 
-# group i is the words for the number i; "a" is no number in "a group of dogs"
+# group i has the words for the number i; "a" is no number in "a group of dogs"
 NUMBERS = re.compile(r"\b(an?(?! \w+ of\b)|one|1)\b|\b(an? (?:pair|couple) of|two|2)\b|"
                      r"\b(three|3)\b|\b(four|4)\b|\b(five|5)\b|\b(six|6)\b", re.IGNORECASE)
 
 
 def singular(text):
-    """The set of a text's words, without an s at the end; enough for plurals such as dogs."""
+    """The set of a text's words without a final s; enough for plurals such as dogs."""
     return {word.rstrip("s") for word in re.findall(r"\w+", text.lower())}
 
 
 def named_count(prompt, label):
-    """The number that a prompt gives for a label: the one before the words that are most like it.
+    """The number that a prompt gives for a label: the one before the words most like it.
 
-    None where it gives none ("dogs"), or two that fit as well.
+    None where it gives none ("dogs"), or two that fit equally well.
     """
     numbers = list(NUMBERS.finditer(prompt))
     ends = [number.start() for number in numbers[1:]] + [len(prompt)]
@@ -256,9 +256,9 @@ def named_count(prompt, label):
 def sam_recall(parts, prompts, labels, label_scorer):
     """How much of what a prompt names is among the parts, in [-0.5, 0.5]: (N,).
 
-    parts: N lists of (label, mask); labels: all that the segmenter knows, of which a prompt names
-    those with a score above 2.5. The reward is the mean over these of min(n, c) / max(n, c), less
-    0.5: n parts are there, the prompt says c, or no number, and then one is enough.
+    parts: N lists of (label, mask); labels: all that the segmenter knows; a prompt names those
+    with a score above 2.5. The reward is the mean over these of min(n, c) / max(n, c), minus 0.5:
+    n parts are there and the prompt says c; if it says no number, one is enough.
     """
     pairs = [(prompt, label) for prompt in dict.fromkeys(prompts) for label in labels]
     named = collections.defaultdict(list)            # prompt -> labels
@@ -330,7 +330,7 @@ def round_prompts(cfg, dataset, n):
 
     Each image gives one prompt before any gives a second.
     """
-    # the same order in all rounds: each goes on where the last one ended
+    # the same order in all rounds: each continues where the last one ended
     order = np.random.default_rng(cfg.seed).permutation(len(dataset))
     positions = np.arange(n * cfg.prompts, (n + 1) * cfg.prompts)
     indices = order[positions % len(order)].tolist()
@@ -339,7 +339,7 @@ def round_prompts(cfg, dataset, n):
 
 
 def sample_candidates(cfg, pipeline, prompts, n):
-    """K candidates of each of P prompts, each from noise of its own: (P, K, H, W, 3) uint8."""
+    """K candidates for each of P prompts, each from its own noise: (P, K, H, W, 3) uint8."""
     repeated = [prompt for prompt in prompts for _ in range(cfg.candidates)]
     images = pipeline.generate(repeated, steps=cfg.sample_steps, guidance=cfg.candidate_guidance,
                                seed=100 * cfg.seed + n + 1, progress=True)
@@ -355,11 +355,11 @@ def score(rewards, candidates, prompts):
 
 
 def ranks(rewards):
-    """Rewards (..., K) -> ranks (..., K): 0 for the highest; equals share their mean rank."""
+    """Rewards (..., K) -> ranks (..., K): 0 for the highest; ties share their mean rank."""
     own = rewards[..., :, None]
     others = rewards[..., None, :]
     higher = (others > own).sum(-1)                  # (..., K, K) -> (..., K)
-    equal = (others == own).sum(-1)                  # itself among them
+    equal = (others == own).sum(-1)                  # including itself
     return higher + (equal - 1) / 2
 
 
@@ -376,7 +376,7 @@ def n_keep(keep, count):
 def select_best(scores, weights, keep):
     """{reward: (P, K)} -> the prompts to learn from (M,), and the best candidate of each (M,)."""
     best = aggregate_ranks(scores, weights).argmin(1)                 # (P,); of equals the first
-    # of the P best candidates, those are kept that rank best among each other
+    # of the P best candidates, keep those that rank best among themselves
     rows = np.arange(len(best))
     best_scores = {name: values[rows, best] for name, values in scores.items()}
     order = aggregate_ranks(best_scores, weights).argsort(kind="stable")
@@ -438,7 +438,7 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
             len(x_0), pipeline.cfg.time_power, pipeline.device)                  # as for the base
         eps = torch.randn_like(x_0)
         if cfg.learn == "dpo":
-            worst = pipeline.encode(rejected[chosen])        # as the best: outside autocast
+            worst = pipeline.encode(rejected[chosen])        # like the best: outside autocast
         with common.autocast(pipeline.device, pipeline.precision):
             if cfg.learn == "dpo":
                 loss = dpo_loss(tuned, pipeline.model, cfg.beta, pipeline.diffusion,
@@ -459,7 +459,7 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
 
 
 def save_model(cfg, pipeline, folder):
-    """A run folder that `load_pipeline` reads."""
+    """Writes a run folder that `load_pipeline` can read."""
     common.write_json(folder / "config.json", dataclasses.asdict(cfg))
     common.write_json(folder / "uvit.json", dataclasses.asdict(pipeline.cfg))
     common.save_tensors(pipeline.model.state_dict(), folder / "model.safetensors")
@@ -490,7 +490,7 @@ def load_chosen(cfg, folder):
         side = images.shape[-1]
         if not images.shape == rejected.shape == (len(prompts), 3, side, side):
             raise ValueError("images and prompts do not fit together")
-        " ".join(prompts)                            # raises if one is no string
+        " ".join(prompts)                            # raises if one is not a string
         return images.byte(), rejected.byte(), prompts
 
 
@@ -548,7 +548,7 @@ def load_base(cfg, args):
 
 
 def grade(cfg, tuned, rewards, data, folder, samples):
-    """The figures of `gain.report`: of the base, of each round, and of the base's own guidance."""
+    """The figures of `gain.report`: of the base, each round, and the base with its own guidance."""
     paths = [cfg.base, *(folder / f"round{n + 1}" for n in range(cfg.rounds))]
     base, *rounds = [load_pipeline(path, tuned.device, tuned.precision) for path in paths]
     progress = [gain.measure(model, data, samples, rewards, steps=cfg.sample_steps,

@@ -39,11 +39,11 @@ TURNS = {
 
 
 def as_seen(image):
-    """An open image as viewers show it, in 8-bit RGB: turned, and on white where it is clear."""
+    """An open image as viewers show it, in 8-bit RGB: turned, and on white where transparent."""
     image.load()
-    # the value alone: ImageOps.exif_transpose also rewrites the EXIF, which fails if it is damaged
+    # only the value: ImageOps.exif_transpose also rewrites the EXIF, which fails if it is damaged
     turn = TURNS.get(image.getexif().get(0x0112))
-    if image.mode in ("F", "I"):                        # which number is white is not known
+    if image.mode in ("F", "I"):                        # it is unknown which number is white
         raise ValueError("grey of 32 bits or floating point (HDR): convert it to 8 bits")
     if image.mode.startswith("I;16"):                   # grey of 16 bits
         grey = np.array(image, np.int64)
@@ -77,14 +77,14 @@ def load_image(path, size):
 
 
 def normal(path):
-    """A path as text that does not depend on the spelling: absolute, and of composed letters."""
+    """A path as text that does not depend on its spelling: absolute, in composed characters."""
     return unicodedata.normalize("NFC", os.path.abspath(path))
 
 
 def find_files(root):
     """{`normal` path: path} of the files below a folder, in order; linked folders are followed.
 
-    Hidden ones are skipped, such as .thumbnails/, ._a.jpg, and @eaDir/ and __MACOSX/ of archives.
+    Hidden ones are skipped, such as .thumbnails/, ._a.jpg, @eaDir/ (NAS) and __MACOSX/ (archives).
     """
     files = {}
     seen = set()
@@ -103,7 +103,7 @@ def find_files(root):
 
 
 def find_image(files, name, *folders):
-    """The one of `files` that a data set calls `name`, seen from one of some folders, or None."""
+    """The one of `files` that a data set calls `name`, as seen from one of `folders`, or None."""
     for folder in folders:
         for spelled in (name, name.replace("\\", "/")):         # Windows writes a\b.jpg
             if path := files.get(normal(folder / spelled)):
@@ -112,7 +112,7 @@ def find_image(files, name, *folders):
 
 
 def one_line(text):
-    """A caption without line breaks; raises ValueError for halves of letters, as in "\\ud800"."""
+    """A caption without line breaks; raises ValueError for half characters, as in "\\ud800"."""
     text.encode()
     return " ".join(text.split())
 
@@ -172,7 +172,7 @@ def read_coco(root, split):
 
 
 def read_folder(folder, files):
-    """Images with a .txt file beside each, one caption a line, as `Captions`."""
+    """Images with a .txt file next to each, one caption per line, as `Captions`."""
     data = Captions()
     texts = {}
     images = {}
@@ -194,9 +194,9 @@ def read_folder(folder, files):
 
 
 def read_metadata(lists, files):
-    """Images named in metadata.jsonl, {"file_name": ..., "text": ...} a line (Hugging Face).
+    """Images named in metadata.jsonl, {"file_name": ..., "text": ...} per line (Hugging Face).
 
-    lists: the paths of such files. "caption" may stand for "text", and a list for one caption.
+    lists: the paths of such files. "caption" may replace "text", and a list one caption.
     """
     data = Captions()
     for path in lists:
@@ -212,10 +212,10 @@ def read_metadata(lists, files):
 
 
 def train_val_split(items, split):
-    """Of data without splits: about one item of twenty for "val", the others for "train".
+    """For data without splits: about one item in twenty for "val", the others for "train".
 
-    A hash of the file's name decides, so a new file moves no other. If it chooses none for "val",
-    the one with the lowest hash is taken.
+    A hash of the file's name decides, so adding a file moves no other. If it chooses none for
+    "val", the one with the lowest hash is taken.
     """
     numbers = []
     for _, _, annotation in items:
@@ -251,9 +251,9 @@ class CaptionedImages(torch.utils.data.Dataset):
     """Images and captions of a folder: MS-COCO, .txt files, or a metadata.jsonl.
 
     split: "train" or "val"; size: side of the square images in pixels; items: a list like
-    `self.items` in place of what the folder holds, such as a part of it.
+    `self.items` to use instead of what the folder holds, such as a part of it.
     `self[i, seed]` -> (image uint8 (3, S, S), one of its captions, ""). The same (i, seed) always
-    gives the same. A broken image is replaced by another one, and in place of "" stands why.
+    gives the same result. A broken image is replaced by another one, and "" by the reason.
     """
     def __init__(self, root, split, size, items=None):
         if items is None:
@@ -276,7 +276,7 @@ class CaptionedImages(torch.utils.data.Dataset):
         return len(self.items)
 
     def identity(self):
-        """A hash of names and captions: data that were moved are the same data."""
+        """A hash of names and captions: moved data are the same data."""
         content = [(path.name, captions) for path, captions, _ in self.items]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -303,11 +303,11 @@ class CaptionedImages(torch.utils.data.Dataset):
 
 
 class ResumableBatchSampler:
-    """The batches of the steps start + 1 to stop: lists of (index, seed) for `CaptionedImages`.
+    """The batches of steps start + 1 to stop: lists of (index, seed) for `CaptionedImages`.
 
-    Step n depends on `seed` and n alone, so a resumed training sees what it would have seen.
-    Every image comes once an epoch, in a new order each time. Of several processes (`world_size`)
-    each gets its share of every batch.
+    Step n depends on `seed` and n alone, so a resumed run sees what it would have seen.
+    Every image comes once per epoch, in a new order each time. With several processes
+    (`world_size`) each gets its share of every batch.
     """
     def __init__(self, length, batch_size, start, stop, seed, rank=0, world_size=1):
         self.length = length
@@ -319,7 +319,7 @@ class ResumableBatchSampler:
 
     def __iter__(self):
         share = self.batch_size // self.world_size
-        epoch = -1                                      # a new one can begin amid a batch
+        epoch = -1                                      # a new one can begin mid-batch
         for step in self.steps:
             first = step * self.batch_size + self.rank * share
             batch = []
@@ -333,16 +333,16 @@ class ResumableBatchSampler:
 
 
 def collate(items):
-    """Leaves captions as they are, which may be pairs; the default would sort them into columns."""
+    """Leaves captions, which may be pairs, as they are; the default would transpose them."""
     images, captions, broken = zip(*items)
     return torch.stack(images).numpy(), list(captions), list(broken)
 
 
 def load_batches(dataset, lists, workers=None, world_size=1):
-    """(images, captions, what is broken) for each of some lists of (index, seed).
+    """(images, captions, what is broken) for each of the lists of (index, seed).
 
     workers: processes that read images; by default none for small images, else up to 8. They send
-    arrays through pipes: tensors would go by /dev/shm, which is too small in many containers.
+    arrays through pipes: tensors would go through /dev/shm, which is too small in many containers.
     """
     if workers is None:
         cores = (os.cpu_count() or 1) // world_size
@@ -363,7 +363,7 @@ def load_all(dataset, batch_size, title, workers=None):
 
 
 def batches(dataset, batch_size, start, stop, seed, workers=None, rank=0, world_size=1):
-    """Yields (images uint8 (B, 3, S, S), B captions) for the steps start + 1 to stop."""
+    """Yields (images uint8 (B, 3, S, S), B captions) for steps start + 1 to stop."""
     sampler = ResumableBatchSampler(len(dataset), batch_size, start, stop, seed, rank, world_size)
     broken = set()
     for images, captions, reasons in load_batches(dataset, sampler, workers, world_size):

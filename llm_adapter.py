@@ -1,12 +1,12 @@
-r"""An LLM as the text encoder, by a small adapter trained in three stages (arXiv 2405.12914).
+r"""An LLM as the text encoder, with a small adapter trained in three stages (arXiv 2405.12914).
 
-The idea. CLIP's text encoder reads English only, and few tokens. A language model reads all
+The idea. CLIP's text encoder reads English only, and only a few tokens. A language model reads all
 languages, at any length, but its states mean nothing to a U-ViT that was trained on CLIP's
 features. So a small transformer, the adapter, turns them into features like CLIP's. It is trained
 in three stages:
 
-    stage 1   text to text: adapter(LLM(text)) learns to be CLIP(the same in English); no images
-    stage 2   on images: adapter and U-ViT together, by the diffusion loss
+    stage 1   text to text: adapter(LLM(text)) learns to match CLIP(the same in English); no images
+    stage 2   on images: adapter and U-ViT together, with the diffusion loss
     stage 3   on the best images: the U-ViT alone
 
 Other languages and long texts occur in stage 1 only; the captions of stages 2 and 3 are English.
@@ -27,7 +27,7 @@ Other languages and long texts occur in stage 1 only; the captions of stages 2 a
     python sample.py "tres círculos verdes" --run runs/llm_adapter
 
 Differs from the paper (its values in brackets; docs/llm_adapter.md lists all ten):
- 1. toy: width 128, 2 + 2 blocks, a tiny LLM of 1 M parameters, of which the embeddings are read
+ 1. toy: width 128, 2 + 2 blocks, the embeddings of a tiny LLM with 1 M parameters
     [2048, 4 + 4, the last layer of Baichuan2-7B-Chat]; a U-ViT [SDXL].
  2. A decoder block attends to queries and LLM tokens at once [self-, then cross-attention]. The
     LLM tokens get a convolution over their neighbours and sinusoidal positions [neither].
@@ -35,7 +35,7 @@ Differs from the paper (its values in brackets; docs/llm_adapter.md lists all te
     attended to; in stages 2 and 3 there is none].
  4. Captions are dropped in stages 2 and 3, and each batch of stage 1 has the empty prompt [never]:
     guidance needs it.
- 5. The LLM's states are normalised, and y has CLIP's mean and deviation [neither].
+ 5. The LLM's states are normalised, and y has CLIP's mean and standard deviation [neither].
  6. Stage 3 freezes the adapter, as in the paper's figure [its code trains it].
 """
 import argparse
@@ -87,12 +87,12 @@ class Config:
     muon_lr_1: float = 2e-2  # highest learning rate of Muon in stage 1
     muon_lr_2: float = 5e-4  # highest learning rate of Muon in stage 2
     muon_lr_3: float = 5e-4  # highest learning rate of Muon in stage 3
-    # no flags: those of the stage that runs, set by `train_stage`
+    # no flags: set by `train_stage` for the current stage
     steps: int = 0
     lr: float = 0.0
     muon_lr: float = 0.0
     # the training
-    batch_size: int = 64  # texts (stage 1) or images a step
+    batch_size: int = 64  # texts (stage 1) or images per step
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks only
     warmup: int = 50  # steps of linear warm-up
     decay: float = 1.0  # share of the steps, at the end, in which the rate falls to 0 (cosine)
@@ -106,7 +106,7 @@ class Config:
     seed: int = 0  # of weights, order and noise
     # the data
     data: str = "shapes"  # shapes (the toy world), or a folder: MS-COCO, or .txt beside images
-    parallel: str = ""  # stage 1: pairs, {"text": ..., "english": ...} a line; none: captions only
+    parallel: str = ""  # stage 1: pairs, {"text": ..., "english": ...} per line; "": captions only
     quality: str = "quality"  # stage 3: field of the annotations with the score, or a JSON file
     quality_split: str = "quality"  # stage 3: split that the images are taken from
     best: float = 0.06  # stage 3: share of the images, those with the highest scores
@@ -138,7 +138,7 @@ PRESETS = {
         batch_size=256, optimizer="adamw", warmup=1000, ema=0.9999,
         data="coco", quality="scores.json", quality_split="train"),
 }
-# --quick: the same in small
+# --quick: a smaller run
 QUICK = dict(out="runs/quick_llm_adapter", samples=64, steps_1=240, steps_2=10, steps_3=10,
              warmup=10)
 
@@ -160,7 +160,7 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, text_dim)
         self.presence = nn.Linear(width, 1)               # p
-        # of c, the features of the text encoder that is replaced, set by `new_model`
+        # of c, the features of the replaced text encoder; set by `new_model`
         self.register_buffer("mean", torch.zeros(text_dim))
         self.register_buffer("std", torch.ones(text_dim))
         uvit_fusion.init_fan_in(self)
@@ -207,7 +207,7 @@ class AdaptedEncoder:
         h, h_mask = self.llm(texts)
         with common.autocast(h.device, self.precision):
             y, p = self.adapter(h, h_mask)
-        mask = (p > 0).cummin(1).values                   # all behind the first padding is padding
+        mask = (p > 0).cummin(1).values                   # all after the first padding is padding
         mask[:, 0] = True                                 # CLIP's start token is always there
         return y, mask
 
@@ -234,8 +234,8 @@ def alignment_loss(cfg, adapter, h, h_mask, c, c_mask, mask_text):
 
 def stage1_loss(cfg, adapter, base, llm, pairs):
     """L_1, the mean over pairs (text, the same in English)."""
-    # The longest quarter goes apart, since all texts of a batch are padded to its longest: a step
-    # took 0.59 s with the batch in one piece and 0.27 s in two, on a core of an AMD EPYC.
+    # The longest quarter is separate, since all texts of a batch are padded to its longest: a step
+    # took 0.59 s with the batch in one piece and 0.27 s in two, on one core of an AMD EPYC.
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))
     cut = 3 * len(pairs) // 4
     loss = 0
@@ -260,7 +260,7 @@ def stage2_3_loss(cfg, uvit, base, text_encoder, images, captions):
 
 # ---------------------------------------------------------------------------------------- the data
 def sample_pairs(cfg, captions, parallel, step):
-    """The texts of a step of stage 1, [(text, the same in English)], the empty prompt first."""
+    """The texts of a stage 1 step, [(text, the same in English)], the empty prompt first."""
     rng = random.Random(cfg.seed * 10**9 + step)    # a step depends on its number alone
     pairs = [("", "")]
     while len(pairs) < cfg.batch_size:
@@ -273,7 +273,7 @@ def sample_pairs(cfg, captions, parallel, step):
 
 
 def best_items(cfg, data, size):
-    """The share `cfg.best` of the items of a split: those with the highest scores, for stage 3."""
+    """The share `cfg.best` of a split's items with the highest scores, for stage 3."""
     try:
         items = image_data.CaptionedImages(data, cfg.quality_split, size).items
         if Path(cfg.quality).suffix == ".json":
@@ -344,7 +344,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
 def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Adapter):
     """Runs stages, each in <folder>/stage<n>; returns the pipeline of the last one.
 
-    args: has .overwrite, and .resume, with which finished stages stay as they are.
+    args: has .overwrite, and .resume, which leaves finished stages as they are.
     """
     items = image_data.CaptionedImages(data, "train", base.image_size).items
     captions = [caption for _, texts, _ in items for caption in texts]
@@ -353,7 +353,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         name = f"--parallel {cfg.parallel}"
         lines = common.read_json_lines(cfg.parallel, name, ("text", "english"))
         parallel = [(line["text"], line["english"]) for line in lines]
-    if 3 in stages:                                 # missing scores stop here, not after stage 2
+    if 3 in stages:                                 # missing scores fail here, not after stage 2
         best = best_items(cfg, data, base.image_size)
     if args.overwrite:                              # an old stage must not follow a new one
         for n in (1, 2, 3):
@@ -384,13 +384,13 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
 
 # --------------------------------------------------------------------------------- models and runs
 def make_model(cfg, uvit_cfg, llm, adapter_class=Adapter):
-    """ModuleDict of "adapter" and "uvit", of which a stage trains a part and saves all."""
+    """ModuleDict of "adapter" and "uvit"; a stage trains a part of it and saves all."""
     adapter = adapter_class(cfg, llm.dim, uvit_cfg.text_length, uvit_cfg.text_dim)
     return nn.ModuleDict({"adapter": adapter, "uvit": UViT(uvit_cfg)}).to(llm.device).eval()
 
 
 def new_model(cfg, base, llm, captions, adapter_class):
-    """A new adapter beside the U-ViT of `base`, with mean and std of the base's text features."""
+    """A new adapter and the U-ViT of `base`, with mean and std of the base's text features."""
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, base.cfg, llm, adapter_class)
     model["uvit"].load_state_dict(base.model.state_dict())
@@ -402,7 +402,7 @@ def new_model(cfg, base, llm, captions, adapter_class):
 
 
 def load_pipeline(path, device, precision, **changes):
-    """The pipeline of a run folder, or of a .safetensors file in one; changes: of the base's."""
+    """The pipeline of a run folder or a .safetensors file in one; changes: to base settings."""
     if "clip" in changes:
         raise UserError("--clip plays no part here: the text encoder of this run is its LLM")
     folder, weights = common.run_files(path)
@@ -422,7 +422,7 @@ def load_pipeline(path, device, precision, **changes):
 
 # -------------------------------------------------------------------------------------------- main
 def prepare(cfg, args):
-    """The base, the folder of the data, the LLM, and cfg with what identifies base and LLM."""
+    """The base, the folder of the data, the LLM, and cfg with the identities of base and LLM."""
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     base = uvit_fusion.load_pipeline(cfg.base, device, precision)
@@ -458,7 +458,7 @@ def main():
                             "it belongs to the toy world")
     folder = Path(args.out or "runs/llm_adapter")
     common.check_run(folder, args)
-    args.font = common.load_font(args.font)         # a bad file stops here, not after training
+    args.font = common.load_font(args.font)         # a bad file fails here, not after training
     base, data, llm, cfg = prepare(cfg, args)
     begin = time.time()
     stages = range(1, args.stages + 1)

@@ -1,15 +1,15 @@
-"""Prompts to images, from any run that draws (all methods but dsd.py).
+"""Prompts to images, from any run that generates them (all methods but dsd.py).
 
     python sample.py "two red circles above a blue square" "three green triangles"
     python sample.py --file prompts.txt --per-prompt 4 --guidance 3 --noise-seed 1
     python sample.py "four purple circles" --trajectory          # the predicted x_0, step by step
     python sample.py "four purple circles" --trajectory --out film.gif       # the same as a film
-    python sample.py "four purple circles" "a red disc" --vary guidance 1 3 8    # a row a value
+    python sample.py "four purple circles" "a red disc" --vary guidance 1 3 8    # a row per value
     python sample.py "a trio of balls the colour of grass" --adapter runs/sur_adapter
     python sample.py "a train" --weights mscoco_uvit_small.pth --autoencoder autoencoder_kl.pth
 
-Writes one grid, in which each image stands above its prompt: samples/prompts.png in the run folder,
-or of a .safetensors file in a folder of its name. The same seed gives the same images.
+Writes one grid, each image above its prompt: samples/prompts.png in the run folder or, for a
+.safetensors file, in a folder of its name. The same seed gives the same images.
 """
 import argparse
 import copy
@@ -31,9 +31,9 @@ DEFAULT_RUN = "runs/uvit_fusion"
 
 # ----------------------------------------------------------------------------------------- loading
 def load_run(path, device="auto", precision="auto", **changes):
-    """The pipeline of a run folder, or of a .safetensors file in one, by its own method.
+    """The pipeline of a run folder, or of a .safetensors file in one, loaded by its method.
 
-    changes: of the settings of its U-ViT, such as clip.
+    changes: to the settings of its U-ViT, such as clip.
     """
     folder, _ = common.run_files(path)
     if not (folder / "config.json").is_file():
@@ -90,14 +90,14 @@ def load_pipeline(args):
         changes = {name: getattr(args, name) for name in ("autoencoder", "clip")
                    if getattr(args, name)}
         pipeline = load_run(args.run, args.device, args.precision, **changes)
-    if args.compile:                                         # for sampling: not its `forward`
+    if args.compile:                                         # sampling calls it, not `forward`
         pipeline.model.denoise = uvit_fusion.compile_network(
             pipeline.model.denoise, pipeline.device, True, cuda_graph=False)
     return pipeline
 
 
 def output_folder(args):
-    """Where results go: the run folder; for one of its .safetensors files, a folder of its name."""
+    """Where results go: the run folder; for a .safetensors file in it, a folder of its name."""
     if args.weights:
         return Path("runs") / Path(args.weights).stem            # published weights have no run
     if Path(args.run).suffix == ".safetensors":
@@ -144,7 +144,7 @@ VARIED = ("guidance", "sampler", "sample-steps", "run")
 
 
 def varied_args(parser, args):
-    """The args of each row of --vary: those of the command line, and one value of the flag."""
+    """The args for each row of --vary: those of the command line, with one value of the flag."""
     name, *values = args.vary
     if name not in VARIED or not values:
         raise UserError(f"--vary {' '.join(args.vary)}: expected one of {', '.join(VARIED)}, and "
@@ -164,7 +164,7 @@ def draw_trajectory(trajectory, prompts, out, font):
 
 
 def save_film(trajectory, prompts, out, columns, font):
-    """An animated GIF: a grid of all images for each step, of which the last one stays longer."""
+    """An animated GIF: a grid of all images for each step; the last stays longer."""
     first, *others = [common.draw_grid(images, prompts, columns, font=font)
                       for images in trajectory]
     milliseconds = [150] * len(others) + [3000]
@@ -228,7 +228,7 @@ def main():
         raise UserError("--trajectory and --vary: a row would be an image and a value: choose one")
     font = common.load_font(args.font)
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
-    columns = args.per_prompt if args.per_prompt > 1 else None   # a row a prompt
+    columns = args.per_prompt if args.per_prompt > 1 else None   # a row per prompt
     trajectory = [] if args.trajectory else None                 # of each step: (N, H, W, 3)
     images = generate_rows(rows, prompts, trajectory)
     if args.vary:

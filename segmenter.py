@@ -1,10 +1,10 @@
-"""The parts of an image, and their names: any segmenter of transformers, with SAM's masks or not.
+"""The parts of an image, and their names: any transformers segmenter, with or without SAM's masks.
 
     images uint8 (N, H, W, 3) -> Segmenter -> N lists of parts (label, mask (H, W) bool)
 
 A semantic segmenter (SegFormer, ...) only labels pixels: each connected area of a label is a part.
-A universal one (Mask2Former, OneFormer, EoMT: arXiv 2112.01527, 2211.06220, 2503.19108) also tells
-one thing from the next of the same kind. With `SamMasks`, Segment Anything (arXiv 2304.02643) finds
+A universal one (Mask2Former, OneFormer, EoMT: arXiv 2112.01527, 2211.06220, 2503.19108) also
+separates things of the same kind. With `SamMasks`, Segment Anything (arXiv 2304.02643) finds
 the parts, and the segmenter names them.
 """
 import contextlib
@@ -29,7 +29,7 @@ def stability(logits, offset=1.0):
 def suppress(masks, scores, most=0.7):
     """Non-maximum suppression of masks (M, h, w) bool: indices of those kept, the best first.
 
-    Of two masks whose IoU (intersection over union) is above `most`, the one of lower score goes.
+    Of two masks whose IoU (intersection over union) is above `most`, the lower-scoring one goes.
     """
     flat = masks.flatten(1).float()
     area = flat.sum(1)
@@ -46,9 +46,9 @@ def suppress(masks, scores, most=0.7):
 
 
 def save_memory(attention):
-    """Lets global attention of SAM's image encoder write its bias, (heads, h, w, h, w), in order.
+    """Makes global attention in SAM's image encoder write its bias, (heads, h, w, h, w), in order.
 
-    As transformers computes it, its reshape to (1, heads, h w, h w) is a copy of 0.8 GB.
+    As transformers computes it, the reshape to (1, heads, h w, h w) makes a copy of 0.8 GB.
     """
     plain = attention.get_decomposed_rel_pos
 
@@ -63,11 +63,11 @@ def save_memory(attention):
 class SamMasks:
     """All that Segment Anything finds in a square image uint8 (H, H, 3): masks (M, H, H) bool.
 
-    For each point of a grid it proposes three masks. Those that it rates low itself, or that are
-    not stable, are dropped at its own resolution of 256 x 256, on the device. The pipeline of
-    transformers enlarges all to 1024 x 1024 first, which takes gigabytes and many seconds.
+    For each point of a grid it proposes three masks. Those that it rates low, or that are not
+    stable, are dropped at its own resolution of 256 x 256, on the device. The transformers pipeline
+    first enlarges all to 1024 x 1024, which takes gigabytes and many seconds.
     """
-    POINTS = 32                                      # a side of the grid
+    POINTS = 32                                      # per side of the grid
     BATCH = 16                                       # points at a time: 64 took twice the memory
     PREDICTED_IOU = 0.88                             # of a mask that is kept, as published
     STABILITY = 0.95                                 # the same
@@ -119,10 +119,9 @@ def is_universal(path):
 
 
 def name_masks(masks, areas):
-    """[(class, mask), ...]: for each of the masks (M, H, W) the class of most of its pixels.
+    """[(class, mask), ...]: for each of the masks (M, H, W) its most frequent class.
 
-    areas: [(class, mask), ...] of the segmenter. A mask that lies mostly outside of them is left
-    out.
+    areas: [(class, mask), ...] of the segmenter. A mask that lies mostly outside them is left out.
     """
     labels = np.zeros(masks.shape[1:], int)          # class i as i + 1, and 0 for none
     for i, area in areas:
@@ -138,7 +137,7 @@ class Segmenter:
     `labels`: all names of parts.
     """
     SURE = 0.8                                       # of the class of a segment, as published
-    SMALLEST = 0.012                                 # share of the image, of a part
+    SMALLEST = 0.012                                 # a part's share of the image
 
     def __init__(self, path, device, sam="", dtype=torch.float32):
         kind = "AutoModelForSemanticSegmentation"
@@ -184,8 +183,8 @@ class Segmenter:
         """N lists of (class, mask), as the papers read the queries of their models.
 
         Each pixel goes to at most one of the queries that are sure of their class. A query that
-        loses a fifth of its mask to others is dropped. The post-processing of transformers would
-        also hand out the pixels that are in no query's mask.
+        loses a fifth of its mask to others is dropped. The post-processing in transformers would
+        also assign the pixels that are in no query's mask.
         """
         task = {}
         if self.model.config.model_type == "oneformer":

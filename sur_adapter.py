@@ -1,26 +1,26 @@
 r"""SUR-adapter: an LLM's understanding of narrative prompts, distilled (arXiv 2305.05189).
 
 The idea. "A trio of balls the colour of grass" means "green, circle, x3", but a text-to-image model
-that has only learned the second does not know it. SUR, an adapter for semantic understanding and
-reasoning, stands between the frozen text encoder and the frozen network. It learns from triples
-(narrative prompt v, keyword prompt k, image): the image must be denoised well; y, made of v, must
-come near the features of k; and its mean must tell what an LLM makes of v. The last needs no
-triple, so it also teaches words that none has, such as "moss", which only the LLM has read. To
-generate images the LLM is not needed.
+that has learned only the second does not know it. SUR, an adapter for semantic understanding and
+reasoning, sits between the frozen text encoder and the frozen network. It learns from triples
+(narrative prompt v, keyword prompt k, image): the image must be denoised well; y, made from v, must
+come close to the features of k; and its mean must match what an LLM makes of v. The last needs no
+triple, so it also teaches words that no triple has, such as "moss", which only the LLM has read.
+The LLM is not needed to generate images.
 
     x = text encoder(v)                                    (B, L, d), frozen
     h = transformer encoder(x)                             (B, L, d)
     w = softmax((W_q h) (W_k x)^T / sqrt(d)) x + h         (B, L, d)
     a = W_2 relu(W_1 w) + w                                (B, L, d)
-    y = x + eta fc(a)                                      (B, L, d), takes the place of x
+    y = x + eta fc(a)                                      (B, L, d), replaces x
 
     D(teacher, student) = T^2 KL(softmax(student / T) || softmax(teacher / T))
                           over the d features of a token, summed over tokens, mean over the batch
     L = noise_weight  |network(x_t, t, y) - target|^2
       + prompt_weight D(text encoder(k), y)
       + llm_weight    D(P mean LLM(v), mean y)             for the v of triples, and for others
-    P: an affine map from the LLM's width to d, fitted once to the triples: P mean LLM(v) is nearly
-       mean text encoder(k); means are over tokens, the last of which stands for the padding, too
+    P: an affine map from the LLM's width to d, fitted once to the triples to bring P mean LLM(v)
+       near mean text encoder(k); means are over tokens, and the last also stands in for the padding
 
 fc starts at zero: at first y = x. The empty prompt of guidance goes through the adapter, too.
 
@@ -31,11 +31,11 @@ fc starts at zero: at first y = x. The empty prompt of guidance goes through the
 Differs from the paper (in brackets what its released code does; docs/sur_adapter.md lists all 13):
  1. The noise loss trains the adapter [its gradient is cut off].
  2. The encoder attends over the tokens of a prompt, without padding [over the prompts of a batch].
- 3. The LLM teaches y, which the network reads [h, from which y need not be read].
+ 3. The LLM teaches y, which the network reads [h, which y may ignore].
  4. P is fitted to the triples [random]; it is frozen, as in the release.
  5. The LLM also reads narratives without keyword prompts and images [those of the triples only].
  6. y = x + eta fc(a), the identity at the start [(1 - eta) x + eta fc(a), which is not].
- 7. w adds h [x: then h does nothing but decide where to attend].
+ 7. w adds h [x: then h only decides where to attend].
  8. toy: eta 1, weights 3, 0.2 and 2, T = 4 [eta 0.1, weights 1, 1e-5 and 1e-5, T = 1].
 """
 import argparse
@@ -64,8 +64,8 @@ from uvit_fusion import Attention, diffusion_loss, padding_bias, softmax_attenti
 class Config:
     base: str = "runs/uvit_fusion"  # run of uvit_fusion.py whose text encoder gets the adapter
     llm: str = "runs/toy/llm_instructed"  # language model to distil: a folder, or a hub name
-    llm_layer: int = -2             # layer of it that is distilled: 0 the embeddings, -1 the last
-    instruction: str = ". in plain words:"  # what the LLM reads behind a narrative
+    llm_layer: int = -2             # its layer to distil: 0 the embeddings, -1 the last
+    instruction: str = ". in plain words:"  # what the LLM reads after a narrative
     layers: int = 2                 # of the adapter's transformer encoder
     heads: int = 4                  # of its attention
     feed_forward: int = 96          # width of its feed-forward layers
@@ -78,9 +78,9 @@ class Config:
     llm_projection: Literal["fitted", "random"] = "fitted"  # P; the paper: random
     temperature: float = 4.0        # T of both distances; at 1 they hardly see features below 0
     steps: int = 2800               # training steps
-    batch_size: int = 64            # triples a step
-    images: int = 16                # triples a step that have a noise loss, the costly term
-    texts: int = 32                 # further narratives a step, of narratives.txt beside the data
+    batch_size: int = 64            # triples per step
+    images: int = 16                # triples per step with a noise loss, the costly term
+    texts: int = 32                 # more narratives per step, from the data's narratives.txt
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: on all matrices, AdamW on the rest
     lr: float = 2e-3                # highest learning rate of AdamW
     muon_lr: float = 2e-2           # highest learning rate of Muon
@@ -117,13 +117,13 @@ PRESETS = {
         optimizer="adamw", lr=1e-5, warmup=0, decay=0.0, betas=(0.9, 0.999), ema=0.0,
     ),
 }
-# --quick: the same in small
+# --quick: a smaller run
 QUICK = dict(out="runs/quick_sur_adapter", samples=128, steps=200, warmup=20)
 
 
 # ------------------------------------------------------------------------------------ the adapter
 class EncoderBlock(nn.Module):
-    """A pre-norm transformer block, (B, L, d) -> (B, L, d), near to the identity at first."""
+    """A pre-norm transformer block, (B, L, d) -> (B, L, d), near the identity at first."""
     def __init__(self, dim, heads, feed_forward):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -191,14 +191,14 @@ def feature_kl(teacher, student, token_mask, temperature):
 
 
 def pad_with_last_token(features, mask):
-    """features (B, L, d) with the last token of each text in the place of its padding."""
+    """features (B, L, d) with the last token of each text in place of its padding."""
     last = mask.sum(1, keepdim=True) - 1                                            # (B, 1)
     source = torch.arange(mask.shape[1], device=mask.device).minimum(last)          # (B, L)
     return features.gather(1, source[..., None].expand_as(features))
 
 
 def seen(pipeline, mask):
-    """The tokens that the network reads: mask (B, L), or all where it sees the padding too."""
+    """The tokens that the network reads: mask (B, L), or all if it sees the padding too."""
     return mask if pipeline.cfg.mask_text else torch.ones_like(mask)
 
 
@@ -207,7 +207,7 @@ def fit_and_project(cfg, llm_means, rows, targets):
 
     llm_means (N, llm_dim): mean LLM(v); rows (n,): which of the N are the narratives of triples;
     targets (n, d): the mean features of their keyword prompts. P knows no words: "moss" and "grass"
-    are one to it if they are one to the LLM.
+    are alike to it if they are alike to the LLM.
     """
     llm_means = llm_means.double()
     targets = targets.double()
@@ -226,8 +226,8 @@ def fit_and_project(cfg, llm_means, rows, targets):
 def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_target, x_0, t, eps):
     """The three terms of L without their weights: noise, prompt, llm.
 
-    pipeline: the frozen base. x (B + M, L, d), mask (B + M, L): the narratives of B triples and M
-    others through the text encoder; target, target_mask: the B keyword prompts; llm_target
+    pipeline: the frozen base. x (B + M, L, d), mask (B + M, L): the encoded narratives of B
+    triples and M others; target, target_mask: the B keyword prompts; llm_target
     (B + M, d): what the LLM makes of each narrative, from `fit_and_project`.
     x_0, eps (b, C, S, S), t (b,): of the first b <= B triples, for the noise loss.
     """
@@ -252,9 +252,9 @@ def losses(cfg, adapter, pipeline, x, mask, target, target_mask, llm_target, x_0
 def load_triples(pipeline, root):
     """(dataset, texts) of a folder with metadata.jsonl.
 
-    The dataset has its training images (19 of 20, if the folder has no splits), with a pair (v, k)
+    The dataset has the training images (19 of 20, if the folder has no splits), with a pair (v, k)
     in place of a caption; texts are the lines of narratives.txt, if there is one: further
-    narratives without image and keyword prompt.
+    narratives without an image or keyword prompt.
     """
     items = []
     for path, captions, line in pipeline.dataset(root, "train").items:
@@ -269,10 +269,10 @@ def load_triples(pipeline, root):
 
 
 def encode_once(pipeline, llm, instruction, texts):
-    """Encodes N texts by both frozen models, once: at every step that would take half of the time.
+    """Encodes N texts once with both frozen models: at every step, that would take half the time.
 
     Returns the text encoder's features (N, L, d), masks (N, L) and means over tokens (N, d), and
-    the LLM's means (N, llm_dim). The LLM reads the instruction behind each text.
+    the LLM's means (N, llm_dim). The LLM reads the instruction after each text.
     """
     text_encoder = pipeline.text_encoder
     features = torch.zeros(len(texts), text_encoder.length, text_encoder.dim)
@@ -302,13 +302,13 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
     optimizers = uvit_fusion.make_optimizers(adapter, cfg, pipeline.precision, ("weight",))
     triples = [pairs[0] for _, pairs, _ in dataset.items]                     # (v, k)
     every_text = ["", *(text for pair in triples for text in pair), *texts]
-    # the row of each distinct text in the tensors that follow
+    # the row of each distinct text in the tensors below
     row_of = {text: row for row, text in enumerate(dict.fromkeys(every_text))}
     features, masks, means, llm_means = encode_once(pipeline, llm, cfg.instruction, list(row_of))
     narratives = [row_of[v] for v, _ in triples]
     keywords = [row_of[k] for _, k in triples]
     llm_targets = fit_and_project(cfg, llm_means, narratives, means[keywords])
-    llm_targets[row_of[""]] = means[row_of[""]]      # the empty prompt stays what it is
+    llm_targets[row_of[""]] = means[row_of[""]]      # the empty prompt stays as it is
     run = common.Run(folder, cfg, [adapter, ema, *optimizers], ema.state_dict(), args,
                      pipeline.precision, title="adapter", dataset=dataset)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed)
@@ -348,7 +348,7 @@ def train(cfg, pipeline, llm, dataset, texts, folder, args, adapter_class=Adapte
 
 # -------------------------------------------------------------------------- the adapter on its base
 class AdaptedEncoder:
-    """A text encoder with an adapter behind it: prompts -> features (B, L, d), mask (B, L)."""
+    """A text encoder followed by an adapter: prompts -> features (B, L, d), mask (B, L)."""
     def __init__(self, text_encoder, adapter, precision):
         self.text_encoder = text_encoder
         self.adapter = adapter
@@ -362,7 +362,7 @@ class AdaptedEncoder:
 
 
 def with_adapter(pipeline, adapter):
-    """A copy of `pipeline` with the adapter behind its text encoder."""
+    """A copy of `pipeline` with the adapter after its text encoder."""
     pipeline = copy.copy(pipeline)
     pipeline.text_encoder = AdaptedEncoder(pipeline.text_encoder, adapter, pipeline.precision)
     return pipeline
@@ -385,14 +385,14 @@ def attach(pipeline, path):
 
 
 def load_pipeline(path, device, precision, **changes):
-    """The base that a run folder names, with the run's adapter; changes: of the base's settings."""
+    """The base that a run folder names, with the run's adapter; changes: to the base's settings."""
     cfg = common.read_config(Config, common.run_files(path)[0])
     return attach(uvit_fusion.load_pipeline(cfg.base, device, precision, **changes), path)
 
 
 # --------------------------------------------------------------------------------------------- main
 def prepare(cfg, args):
-    """The base, the folder of the data, the LLM, and cfg with what identifies base and LLM."""
+    """The base, the folder of the data, the LLM, and cfg with the identities of base and LLM."""
     device = common.pick_device(args.device)
     precision = common.pick_precision(args.precision, device)
     base = uvit_fusion.load_pipeline(cfg.base, device, precision)
@@ -423,7 +423,7 @@ def main():
     common.check_run(folder, args)
     base, data, llm, cfg = prepare(cfg, args)
     begin = time.time()
-    if cfg.data == "shapes":                         # its triples lie beside its training images
+    if cfg.data == "shapes":                         # its triples are with its training images
         dataset, texts = load_triples(base, f"{data}/train2017")
     else:
         dataset, texts = load_triples(base, data)

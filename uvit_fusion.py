@@ -11,10 +11,10 @@ and the caption blocks run once per prompt instead of once per sampling step.
                   [text] ---> caption block x c -------+-> joint block x (depth + 1 - 2v)
                                          -> drop text, image block x v -> prediction
 
-Text joins by concatenation (as further tokens) or by cross-attention (as further keys and values).
-Early fusion is v = c = 0, so one class, `UViT`, is all four variants. A long skip joins block i to
-block depth - i. Early fusion by concatenation has the parameter names of the published U-ViT (Bao
-et al. 2023, 2209.12152): its weights load as they are.
+Text joins by concatenation (as extra tokens) or by cross-attention (as extra keys and values).
+Early fusion is v = c = 0, so one class, `UViT`, covers all four variants. A long skip joins block i
+to block depth - i. Early fusion by concatenation has the parameter names of the published U-ViT
+(Bao et al. 2023, 2209.12152): its weights load as they are.
 
 Diffusion (Ho et al. 2020): abar_t falls from 1 at t = 0 to about 0 at t = T = 1000.
     x_t    = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps                q_sample
@@ -31,15 +31,14 @@ Shapes: images x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text fe
     torchrun --nproc_per_node 4 uvit_fusion.py --train --preset coco --data path/to/coco \
         --autoencoder autoencoder_kl.pth --out runs/coco256
 
-Differs from the paper (the released value in brackets; docs/uvit_fusion.md tells why):
+Differs from the paper (the released value in brackets; docs/uvit_fusion.md says why):
  1. Preset toy: 24 x 24 pixels, patch 4, width 128, depth 4, v = 1, c = 1 [32 x 32 latents, patch 2,
-    512, 12, v = 3, c = 3]. Preset coco has the released values, but for 5 and 6; deep (depth 6,
+    512, 12, v = 3, c = 3]. Preset coco has the released values, except for 5 and 6; deep (depth 6,
     v = 2, c = 2) has enough outer blocks to compare early and intermediate fusion.
- 2. toy predicts x_0 with a cosine schedule and draws t with more noise, most of it at first [eps,
-    Stable Diffusion's schedule, uniform t]: where almost all is noise, relations are decided.
- 3. toy trains with Muon on the matrices of the blocks and on the layer that reads the text [AdamW
-    2e-4], from blocks that begin as the identity and positions that stand out in noise [truncated
-    normal, 0.02].
+ 2. toy predicts x_0 with a cosine schedule and favours noisy t, most strongly at first [eps, Stable
+    Diffusion's schedule, uniform t]: relations are decided where almost all is noise.
+ 3. toy trains the matrices of the blocks and the layer that reads the text with Muon [AdamW 2e-4];
+    blocks begin as the identity, and positions stand out in noise [truncated normal, 0.02].
  4. toy hides the caption's padding [attended to].
  5. toy samples by ancestral DDPM in 25 steps, coco by DPM-Solver++ 2M [order 3, 50 evaluations].
  6. Alignment is graded exactly by a judge [FID and CLIP score].
@@ -80,7 +79,7 @@ class Config:
     size: int = 24  # S, side of the image (or latent) that the network sees
     channels: int = 3  # C, 3 for pixels, 4 for latents
     autoencoder: str = ""  # file or folder of the Stable Diffusion autoencoder; default: pixels
-    latent_scale: float = 0.23010  # latents are multiplied by it; U-ViT's value on MS-COCO
+    latent_scale: float = 0.23010  # latents are multiplied by this; U-ViT's value on MS-COCO
     # width and number of the text features: no flags, the text encoder sets them
     text_dim: int = 128
     text_length: int = 20
@@ -91,37 +90,37 @@ class Config:
     depth: int = 4  # depth / 2 blocks in, one in the middle, depth / 2 out
     heads: int = 8  # attention heads
     fusion: Literal["concat", "cross"] = "concat"  # how the text joins
-    image_blocks: int = 1  # v, blocks at either end that see the image only
-    caption_blocks: int = 1  # c, blocks that see the caption only (early fusion: v = c = 0)
+    image_blocks: int = 1  # v, blocks at each end that see only the image
+    caption_blocks: int = 1  # c, blocks that see only the caption (early fusion: v = c = 0)
     init: str = "fan_in"  # fan_in (blocks begin as the identity), published, or a file of weights
     # the diffusion
     schedule: Literal["cosine", "linear"] = "cosine"  # linear is Stable Diffusion's
     target: Literal["eps", "v", "x0"] = "x0"  # what the network predicts
     clip_x0: bool = True  # keep predicted images within [-1, 1]: for pixels, not for latents
     # the training
-    batch_size: int = 64  # images a step
+    batch_size: int = 64  # images per step
     steps: int = 2800  # training steps
     time_power: float = 0.3  # t = T u^power, u uniform: below 1 draws more noise
     noise_first: float = 0.25  # share of the steps, at the start, in which time_power rises from 0
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks
     lr: float = 1e-3  # highest learning rate of AdamW
     muon_lr: float = 0.01  # highest learning rate of Muon
-    muon_text: bool = True  # Muon also for the layer that reads the text features
+    muon_text: bool = True  # use Muon also for the layer that reads the text features
     warmup: int = 200  # steps of linear warm-up
     decay: float = 1.0  # share of the steps, at the end, in which the rate falls to 0 (cosine)
-    weight_decay: float = 0.03  # of either optimizer, on every parameter
+    weight_decay: float = 0.03  # of both optimizers, on every parameter
     betas: tuple = (0.9, 0.99)  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient (0: no clipping)
     ema: float = 0.998  # decay of the running average of the weights
     ema_warmup: bool = True  # the average follows closely at first
     caption_dropout: float = 0.1  # share of captions replaced by the empty one
-    accumulate: int = 1  # gradient accumulation: parts of a batch, one after the other
+    accumulate: int = 1  # gradient accumulation: parts that a batch is split into
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     seed: int = 0  # of weights, order and noise
     snapshot_at: tuple = (1400,)  # steps whose EMA weights are kept, for fine_rewards.py (0: none)
     # the sampling: defaults of Pipeline.generate
     guidance: float = 3.0  # w
-    guidance_interval: tuple = (0.6, 1.0)  # guide where t / T lies within
+    guidance_interval: tuple = (0.6, 1.0)  # guide only where t / T is in this range
     sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"  # ancestral, DDIM, DPM-Solver++ 2M
     # the data
     data: str = "shapes"  # shapes, simple (toy worlds), or a folder: MS-COCO, .txt beside images
@@ -159,10 +158,10 @@ PRESETS = {
     "toy": {},
     # enough outer blocks to compare fusions; also the base of the docs' ablations
     "deep": dict(DEEP, steps=3500, snapshot_at=(2000,)),
-    # --quick: scenes of one group, whose shapes stand on a 3 x 3 grid, a patch for each cell
+    # --quick: scenes of one group, with shapes on a 3 x 3 grid, one patch per cell
     "quick": dict(data="simple", size=15, patch=5, muon_lr=0.02, noise_first=0.0, clip="words"),
-    # Images of your own. Where there is little noise the network must copy what it sees; until it
-    # has learned to, sampling drifts to black or white. time_power=1 shows little noise more often.
+    # Your own images. At low noise the network must copy what it sees; until it has learned to,
+    # sampling drifts to black or white. time_power=1 shows low noise more often.
     # Deep, since the settings were chosen with that network.
     "pictures": dict(DEEP, size=32, time_power=1.0, steps=20_000, decay=0.2, snapshot_at=(0,),
                      sampler="dpm"),
@@ -198,9 +197,9 @@ def softmax_attention(q, k, v, bias=None):
 
 
 def attention(q, k, v, bias=None):
-    """The same by PyTorch's fused kernel, which never stores the logits, where it is faster.
+    """The same, by PyTorch's fused kernel where that is faster; it never stores the logits.
 
-    Forward and backward of (64, 4, 57, 32), two cores of a Xeon: the kernel takes 30.6 ms in bf16
+    Forward and backward of (64, 4, 57, 32) on two cores of a Xeon: the kernel takes 30.6 ms in bf16
     and 5.4 in fp32, `softmax_attention` 5.1 and 6.2.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -221,7 +220,7 @@ class Attention(nn.Module):
     def forward(self, x, context=None, bias=None, logits=None):
         """context (B, K - Q, D) provides keys and values only. Returns (B, Q, D).
 
-        logits: a list that gets q k^T / sqrt(d) + bias, (B, H, Q, K) in float32.
+        logits: a list that receives q k^T / sqrt(d) + bias, (B, H, Q, K) in float32.
         """
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -250,7 +249,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; with `skip`, one that takes in a long skip first."""
+    """A pre-norm transformer block; with `skip`, it takes in a long skip first."""
     def __init__(self, dim, heads, skip=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -282,7 +281,7 @@ def padding_bias(mask, before=0, after=0):
 def init_linear(model, std=None):
     """Truncated normal weights and zero biases in all linear layers.
 
-    std: of the weights; None: 1 / sqrt(fan-in), which keeps the variance of what passes through.
+    std: of the weights; None: 1 / sqrt(fan-in), which preserves the variance of the activations.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -292,9 +291,9 @@ def init_linear(model, std=None):
 
 
 def init_fan_in(model):
-    """First weights for any model of `Block`s, which begin as the identity.
+    """Initial weights for any model of `Block`s, which begin as the identity.
 
-    With such blocks all of four seeds learned relations; without them only one of two.
+    With such blocks all four seeds learned relations; without them only one of two.
     """
     init_linear(model)
     for module in model.modules():
@@ -335,7 +334,7 @@ class UViT(nn.Module):
         conv = nn.Conv2d(cfg.channels, cfg.dim, cfg.patch, stride=cfg.patch)
         self.patch_embed = nn.ModuleDict({"proj": conv})
         self.context_embed = nn.Linear(cfg.text_dim, cfg.dim)
-        # of [time, text, patches], in this order in all variants
+        # for [time, text, patches], in this order in all variants
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.length + patches, cfg.dim))
         self.in_blocks = nn.ModuleList(Block(cfg.dim, cfg.heads) for _ in range(half))
         self.mid_block = Block(cfg.dim, cfg.heads)
@@ -355,7 +354,7 @@ class UViT(nn.Module):
             init_linear(self, std=0.02)                              # as published
 
     def run_block(self, block, x, skip=None, context=None, bias=None, logits=None):
-        """Runs a block; with cfg.recompute the backward pass computes its activations anew."""
+        """Runs a block; with cfg.recompute the backward pass recomputes its activations."""
         # not with `logits`, which would be appended twice
         if self.recompute and torch.is_grad_enabled() and logits is None:
             return checkpoint(block, x, skip, context, bias, use_reentrant=False)
@@ -376,8 +375,8 @@ class UViT(nn.Module):
     def embed(self, x, t):
         """x (B, C, S, S), t (B,) -> tokens [time, patches], (B, 1 + N, D)."""
         x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)                     # (B, N, D)
-        # Under autocast x is bf16. Positions in fp32 would turn all tokens to fp32 and make each
-        # linear layer turn them back: a training step took 5 % longer, sampling a third.
+        # Under autocast x is bf16. fp32 positions would turn all tokens into fp32 and make each
+        # linear layer convert them back: a training step took 5 % longer, sampling a third.
         positions = self.pos_embed.to(x.dtype)
         x = x + positions[:, 1 + self.length:]
         time_token = timestep_embedding(t, x.shape[-1]).to(x.dtype)[:, None] + positions[:, :1]
@@ -386,9 +385,9 @@ class UViT(nn.Module):
     def denoise(self, x, t, y, mask, return_logits=False):
         """x (B, C, S, S), t (B,), caption tokens y (B, L, D), mask (B, L) -> (B, C, S, S).
 
-        y, mask and the result may have k B rows: first captions of all images, then second ones,
-        and so on. The blocks before the join see no caption, and run once for all k.
-        return_logits: also a list of the attention logits of each joint block, (B, H, Q, K).
+        y, mask and the result may have k B rows: the first captions of all images, then the second
+        ones, and so on. The blocks before the join see no caption, and run once for all k.
+        return_logits: also return a list of the attention logits of each joint block, (B, H, Q, K).
         """
         x = self.embed(x, t)                                                       # (B, 1 + N, D)
         patches = x.shape[1] - 1
@@ -469,7 +468,7 @@ class Diffusion:
         return sqrt_abar * x_0 + sqrt_one_minus_abar * eps       # Ho et al. 2020, eq. 4
 
     def target_of(self, x_0, t, eps):
-        """What the network shall predict, (B, C, S, S)."""
+        """What the network should predict, (B, C, S, S)."""
         sqrt_abar, sqrt_one_minus_abar = self.scales(t, x_0)
         if self.target == "eps":
             return eps
@@ -531,7 +530,7 @@ class Diffusion:
         """Turns noise x (B, C, S, S) into images.
 
         denoiser(x_t, t) -> output, already guided; noise(): fresh noise like x, for "ddpm";
-        trajectory: a list that gets the predicted x_0 of every step.
+        trajectory: a list that receives the predicted x_0 of every step.
         """
         if not 1 <= steps <= self.T:
             raise UserError(f"--sample-steps {steps}: choose 1 to {self.T}")
@@ -562,7 +561,7 @@ def diffusion_loss(model, diffusion, x_0, t, eps, text, mask):
 
 
 def drop_captions(captions, p):
-    """Replaces each caption by the empty one with probability p, to learn guidance's uncond."""
+    """Empties each caption with probability p, to learn guidance's uncond."""
     drop = torch.rand(len(captions)) < p
     return ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist())]
 
@@ -570,9 +569,9 @@ def drop_captions(captions, p):
 def cfg_denoiser(model, text, mask, null, null_mask, w, interval=(0.0, 1.0)):
     """denoiser(x, t) with classifier-free guidance, cond and uncond in one batch.
 
-    text (B, L, text_dim) and mask (B, L) are of the prompts, null (1, L, text_dim) and null_mask of
-    the empty (or negative) prompt. interval: guide where t / T lies within (Kynkaanniemi et al.
-    2024); elsewhere cond is predicted alone, at about half the cost.
+    text (B, L, text_dim) and mask (B, L) belong to the prompts, null (1, L, text_dim) and null_mask
+    to the empty (or negative) prompt. interval: guide where t / T lies in it (Kynkaanniemi et al.
+    2024); elsewhere only cond is predicted, at about half the cost.
     """
     y = model.encode_text(text, mask)                            # once per prompt
     y_null = model.encode_text(null, null_mask).expand(len(text), -1, -1)
@@ -631,8 +630,8 @@ class Pipeline:
                  trajectory=None):
         """Images for prompts: numpy uint8 (len(prompts), H, W, 3).
 
-        The noise of image i depends on seed and first + i alone, so two models can be compared
-        image by image, and a long list generated in parts. trajectory: an empty list, which gets
+        The noise of image i depends only on seed and first + i, so two models can be compared image
+        by image, and a long list can be generated in parts. trajectory: an empty list to receive
         the predicted images of each step; all prompts are then one batch.
         """
         cfg = self.cfg
@@ -662,7 +661,7 @@ class Pipeline:
         """x_0 (B, C, S, S) -> images, numpy uint8 (B, H, W, 3)."""
         if self.vae is None:
             return image_data.to_uint8(x_0)
-        parts = (x_0 / self.cfg.latent_scale).split(16)          # images are large: few at a time
+        parts = (x_0 / self.cfg.latent_scale).split(16)          # images are large: a few at a time
         return np.concatenate([image_data.to_uint8(self.vae.decode(z)) for z in parts])
 
     @torch.no_grad()
@@ -684,10 +683,10 @@ class Pipeline:
 
     @torch.no_grad()
     def loss(self, dataset):
-        """The loss of all images of a dataset, a scalar.
+        """The loss over all images of a dataset, a scalar.
 
-        Captions, t and noise are the same at each call, so that losses can be compared; t has the
-        power with which the training ends.
+        Captions, t and noise are the same in every call, so losses can be compared; t has the power
+        with which training ends.
         """
         images, captions, _ = zip(*[dataset[i, i] for i in range(len(dataset))])
         torch.manual_seed(0)                                     # each training step sets its own
@@ -724,7 +723,7 @@ def make_pipeline(cfg, text_encoder, tensors, name, precision):
 
 
 def load_pipeline(path, device, precision, **changes):
-    """The pipeline of a run folder, or of a .safetensors file in one; changes: of its settings.
+    """The pipeline of a run folder, or of a .safetensors file in one; changes: to its settings.
 
     A run of another method that holds a whole U-ViT has the U-ViT's settings in uvit.json.
     """
@@ -757,9 +756,9 @@ def set_learning_rate(optimizers, cfg, step):
 def make_optimizers(model, cfg, precision, muon_names=("block",)):
     """[AdamW], or [AdamW, Muon] (Jordan et al. 2024) with cfg.optimizer "muon".
 
-    Muon then trains the matrices whose name holds one of `muon_names`, AdamW the rest. Muon's steps
-    are of equal size in all directions of a matrix, also in those of small gradient: after 600
-    steps it had learned relations at high noise, of which AdamW had learned nothing.
+    Muon then trains the matrices whose name contains one of `muon_names`, AdamW the rest. Muon's
+    steps are equally large in all directions of a matrix, even those of small gradient: after 600
+    steps it had learned relations at high noise; AdamW had learned none.
     precision: of Muon's matrix products.
     """
     matrices = []
@@ -794,7 +793,7 @@ def init_from_file(model, path):
 
 
 def join_processes(cfg):
-    """Rank and number of the processes that torchrun started, one a GPU; without it, 0 and 1."""
+    """Rank and number of processes under torchrun, one per GPU; without it, 0 and 1."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
@@ -824,7 +823,7 @@ def rank_0_first(rank, world_size):
 def compile_network(network, device, wanted=None, cuda_graph=True):
     """torch.compile of a module or function, or `network` itself where that does not work.
 
-    wanted: None means on a GPU only, where launching small kernels takes longer than running them.
+    wanted: None means only on a GPU, where launching small kernels takes longer than running them.
     cuda_graph: on a GPU one graph launches all kernels; each call overwrites the last one's output.
     """
     if wanted is None:
@@ -832,7 +831,7 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
     if not wanted:
         return network
     mode = "default"
-    # DDP's hooks fit no CUDA graph
+    # DDP's hooks do not work in a CUDA graph
     if device.type == "cuda" and cuda_graph and not dist.is_initialized():
         mode = "reduce-overhead"
     try:
@@ -848,17 +847,17 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
 def time_power(cfg, step):
     """The power of `Diffusion.sample_timesteps` at step 1, 2, ...
 
-    It rises from 0, where t = T. Relations are decided at high noise, and are learned suddenly:
-    after 600 steps a training with the rising power had learned them, one of constant power not.
+    It rises from 0, where t = T. Relations are decided at high noise and learned suddenly: after
+    600 steps a run with rising power had learned them, one with constant power had not.
     """
     return cfg.time_power * min(1, step / max(1, cfg.noise_first * cfg.steps))
 
 
 def backward(network, pipeline, x_0, text, mask, power):
-    """Draws t and noise for a batch and adds up the gradients of its loss; returns the loss.
+    """Draws t and noise for a batch and accumulates the gradients of its loss; returns the loss.
 
-    network: the U-ViT in training, perhaps compiled (pipeline.model is its average). x_0 (B, C, S,
-    S), text (B, L, text_dim), mask (B, L); taken in cfg.accumulate parts, which need less memory.
+    network: the U-ViT being trained, perhaps compiled (pipeline.model is its average). x_0 (B, C,
+    S, S), text (B, L, text_dim), mask (B, L); split into cfg.accumulate parts to save memory.
     power: from `time_power`.
     """
     cfg = pipeline.cfg
@@ -879,7 +878,7 @@ def backward(network, pipeline, x_0, text, mask, power):
 def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     """Trains a U-ViT on the captioned images in `data`; returns a pipeline with its EMA weights.
 
-    args: of `main`, for its resume, overwrite, workers, compile and validation_samples.
+    args: those of `main`, for resume, overwrite, workers, compile and validation_samples.
     """
     text_encoder = encoders.TextEncoder(cfg.clip, device)
     cfg = dataclasses.replace(cfg, text_dim=text_encoder.dim, text_length=text_encoder.length)
@@ -889,7 +888,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     if cfg.init not in ("fan_in", "published"):
         init_from_file(model, cfg.init)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # lists, since each walk through the modules would take a millisecond of a step
+    # lists, since each walk through the modules would cost a step a millisecond
     parameters = list(model.parameters())
     ema_parameters = list(ema.parameters())
     optimizers = make_optimizers(model, cfg, precision, cfg.muon_names())

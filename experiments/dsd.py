@@ -1,4 +1,4 @@
-"""The matcher beside its rivals, on the toy world and on any groups.
+"""The matcher and its rivals, on the toy world and on any groups.
 
     python dsd.py --train                                        # first: tunes runs/dsd
     python -m experiments.dsd compare                            # adds its figures to runs/dsd
@@ -7,13 +7,13 @@
     python -m experiments.dsd grade --retrieval path/to/coco --score itm
 
 Rivals are the tiny CLIP, zero-shot and tuned on the same groups, and errors of the same network,
-not tuned. With error = eps_theta(x_t, t, text) - eps, empty = eps_theta(x_t, t, "") - eps, and
+untuned. With error = eps_theta(x_t, t, text) - eps, empty = eps_theta(x_t, t, "") - eps, and
 means over (t, eps) and pixels:
     denoising = - mean |error|^2                           Diffusion Classifier, arXiv 2303.16203
     itm       = mean |empty|^2 - mean |error|^2            DiffusionITM, arXiv 2305.16397
-In the network's own units the error is output - target, of which its training took the mean square.
-Of a network that predicts eps this is the same; of one that predicts x_0 the error of eps is that
-of x_0 times sqrt(abar_t / (1 - abar_t)), by which the lowest t outweighs all others.
+In the network's own units the error is output - target, whose mean square is its training loss.
+For a network that predicts eps this is the same; for one that predicts x_0 the error of eps is that
+of x_0 times sqrt(abar_t / (1 - abar_t)), which makes the lowest t outweigh all others.
 """
 import argparse
 import copy
@@ -94,7 +94,7 @@ def itm(matcher, candidates, bank, error):
 
 # ------------------------------------------------------------------------------------ with pruning
 def prune_candidates(errors, candidates, alive):
-    """Takes candidates out of `alive` (M,) that are surely behind the best of their group.
+    """Removes from `alive` (M,) candidates that are surely behind the best of their group.
 
     Surely: by more than two standard errors of the difference. Groups of two and two stay whole,
     as all their scores are compared. errors (M, n): a column for each (t, eps).
@@ -109,9 +109,9 @@ def prune_candidates(errors, candidates, alive):
 
 
 def pruned_denoising(matcher, candidates, bank, error, every=4):
-    """`denoising`, but after every four (t, eps) candidates that are surely behind drop out.
+    """`denoising`, but after every four (t, eps), candidates that are surely behind drop out.
 
-    A dropped candidate scores -inf. The last one of a group is not evaluated any more.
+    A dropped candidate scores -inf. The last one of a group is no longer evaluated.
     """
     errors = torch.full((len(candidates.pairs), len(bank)), math.nan)      # nan: not evaluated
     alive = torch.ones(len(candidates.pairs), dtype=torch.bool)
@@ -145,11 +145,11 @@ def clip_scores(clip, candidates, batch_size=256):
 
 
 def tune_clip(clip, candidates, steps=150, batch_size=64, lr=1e-4):
-    """A copy of a CLIP, all of it tuned on labelled groups by CLIP's own loss.
+    """A copy of a CLIP, all of it tuned on labelled groups with CLIP's own loss.
 
     An image is compared with all texts of the batch and a text with all images, which costs a CLIP
-    nothing. Judged on other training groups, the hinge loss, LoRA, rates of 3e-5 to 4e-3, 200 and
-    500 steps were no better.
+    nothing. Judged on other training groups, the hinge loss, LoRA, learning rates of 3e-5 to 4e-3,
+    200 and 500 steps were no better.
     """
     clip = copy.copy(clip)
     clip.model = copy.deepcopy(clip.model).requires_grad_(True)
@@ -243,7 +243,7 @@ def load_for_grading(args):
     """The matcher of `grade`, with its score, times and evaluations."""
     matcher = dsd.load_matcher(args.run, args)
     changes = {}
-    if args.score in ("denoising", "itm"):          # as published: of the network before tuning
+    if args.score in ("denoising", "itm"):          # as published: the network before tuning
         matcher = dsd.zero_shot(matcher.cfg, matcher.pipeline)
         changes = {"times": (10, 990), "evaluations": 10}
     elif args.score:
@@ -291,7 +291,7 @@ def grade(parser, args):
 
 # ----------------------------------------------------------------------------------------- compare
 def tune_hybrid(tuned, candidates, folder, overwrite):
-    """A matcher tuned as `tuned` was, but by the hybrid score, as the release does."""
+    """A matcher tuned as `tuned` was, but with the hybrid score, as in the release."""
     cfg = dataclasses.replace(tuned.cfg, score="hybrid")
     matcher = dsd.Matcher(cfg, tuned.pipeline)
     resume = not overwrite and (folder / "state.pt").exists()
@@ -332,7 +332,7 @@ def compare_pairs(pipeline, samples, matchers):
         pairs, score_all(pairs, matchers), pictures, score_all(pictures, matchers), LABELS)
     figures["relation_over_clip"] = figures["relation"] - figures["clip_relation"]
     figures["over_clip_few_shot"] = figures["accuracy"] - figures["clip_few_shot"]
-    for name in LABELS:                                          # as the other tasks name it
+    for name in LABELS:                                          # named as in the other tasks
         prefix = matching.figure_prefix(name)
         figures[f"pictures_{name}_R@1"] = figures[f"{prefix}one_text_two_pictures"]
     return figures

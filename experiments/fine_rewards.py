@@ -1,15 +1,15 @@
-"""Fine-grained rewards: which of them chooses right images, which teaches what, and the mistakes.
+"""Fine-grained rewards: which of them chooses right images, which teaches what, and their mistakes.
 
     python -m experiments.fine_rewards choose --samples 300      # no training: 3 min
     python -m experiments.fine_rewards compare --prompts 300 --steps 150 --samples 1024 \
         --base runs/deep/step2000.safetensors                    # 15 min
     python -m experiments.fine_rewards analyse --samples 256
 
-choose lets each reward choose one of K candidates of the base for each prompt of two groups, and
+choose lets each reward pick one of K candidates of the base for each prompt of two groups, and
 has the judge grade them. compare fine-tunes the same base with the same budget, on images selected
-in different ways. Each run stands in <out>/<variant>/. A finished run is kept and an interrupted
-one goes on, so the command can be given again. analyse counts how often a reward puts the right
-caption of a rendered image above one that is wrong in a single field. Equals count a half: 50 % is
+in different ways. Each run is in <out>/<variant>/. A finished run is kept and an interrupted one
+resumes, so the command can be repeated. analyse counts how often a reward puts the right
+caption of a rendered image above one that is wrong in a single field. Ties count a half: 50 % is
 chance.
 
 All print a table and write results.json into <out>. Settings were chosen with `--first 2048`, on
@@ -66,7 +66,7 @@ VARIANTS = {
 
 # ------------------------------------------------------------------------------------------ choose
 def inspect_candidates(candidates, scenes):
-    """What the judge sees in K candidates of each of P scenes: {name: (P, K)}.
+    """What the judge sees in K candidates for each of P scenes: {name: (P, K)}.
 
     "right"; "things", their number; "kinds", the number of those that differ in colour or shape.
     """
@@ -80,9 +80,9 @@ def inspect_candidates(candidates, scenes):
 
 
 def choose(cfg, args, folder):
-    """Which share of the images that each reward chooses is right, and how many things they show.
+    """What share of the images that each reward chooses is right, and how many things they show.
 
-    Chosen are one of K candidates for each of args.samples held-out captions of two groups.
+    Each chooses one of K candidates for each of args.samples held-out captions of two groups.
     """
     pipeline, data, _ = fine_rewards.load_base(cfg, args)
     scenes, captions, _ = judge.validation_scenes(data, 2048, args.first)
@@ -109,7 +109,7 @@ def choose(cfg, args, folder):
     rows = np.arange(len(prompts))
     for name in ("random", *best):
         chosen = {}
-        for key, values in seen.items():             # a random one is as all are on average
+        for key, values in seen.items():             # a random one is like the mean of all
             chosen[key] = values.mean(1) if name == "random" else values[rows, best[name]]
         share = common.percent(name, chosen["right"])
         things = float(chosen["things"].mean())
@@ -183,7 +183,7 @@ def train_variant(name, cfg, dataset, folder, args):
 
 
 def measure_seeds(name, start, cfg, dataset, data, folder, args):
-    """Trains a variant with each seed: the means of what `gain.measure` finds, and variety lost."""
+    """Trains a variant with each seed; returns mean `gain.measure` figures and the variety lost."""
     runs = []
     lost = []
     for seed in range(args.seeds):
@@ -252,7 +252,7 @@ def analyse(cfg, args, folder):
         # 1 if the right caption is ahead, 0 if both are equal, -1 if it is behind
         signs = {name: np.sign(of_right[name] - of_wrong[name]) for name in of_right}
         votes = sum(weight * signs[name] for name, weight in rewards.weights.items())
-        signs["all"] = np.sign(votes)                # of two, the vote decides the sum of ranks
+        signs["all"] = np.sign(votes)                # with two, the vote decides the sum of ranks
         shares = {name: 50 * float(1 + sign.mean()) for name, sign in signs.items()}
         rows.append([field, *shares.values()])
         figures |= {f"{field}_{name}": share for name, share in shares.items()}

@@ -6,8 +6,8 @@
     python -m experiments.fusion steps       # accuracy against sampling steps, for three samplers
 
 Each prints a table and writes its figures to a results.json: in runs/compare, in runs/cost, or in
-the folder of the run. compare takes hours on two cores; a variant that is finished is kept, so the
-command can be given again (with the same --precision), with more --seeds or other --variants.
+the folder of the run. compare takes hours on two cores; a finished variant is kept, so the
+command can be repeated (with the same --precision), with more --seeds or other --variants.
 """
 import argparse
 import dataclasses
@@ -72,7 +72,7 @@ def seed_interval(values):
 
 
 def compare(args, device, precision):
-    """The paper's experiment in small, and controls. Cross-attention has one seed, to save time."""
+    """The paper's experiment, smaller, and controls. Cross-attention has one seed, to save time."""
     base = common.make_config(Config, PRESETS, args)
     data = toy.prepare(base.data, base.clip, base.size)
     folder = Path(args.out or "runs/compare")
@@ -92,7 +92,7 @@ def compare(args, device, precision):
     figures = accuracy_table(results, costs, base.steps)
     figures |= time_table(results, costs)
     figures |= paired_differences(results)
-    # without nan: one seed has no interval, and some curves never get to TARGET
+    # without nan: one seed has no interval, and some curves never reach TARGET
     figures = {name: value for name, value in figures.items() if not math.isnan(value)}
     common.write_results(folder, figures)
     curves = {name: mean_curve(runs) for name, runs in results.items()}
@@ -102,13 +102,13 @@ def compare(args, device, precision):
 
 
 def train_variant(cfg, data, folder, args, device, precision):
-    """Trains and grades one variant; of one that is finished, reads the figures."""
+    """Trains and grades one variant; reads the figures of a finished one."""
     print(f"\ninto {folder}/")
-    # goes on if it was stopped, does nothing if it is finished, refuses other settings
+    # resumes if it was stopped, does nothing if it is finished, refuses other settings
     args.resume = not args.overwrite and (folder / "state.pt").exists()
     graded = folder / "graded.json"              # eval.py may write other figures to results.json
     if not args.resume:
-        graded.unlink(missing_ok=True)           # of what is trained now, nothing is graded
+        graded.unlink(missing_ok=True)           # what is trained now is not graded yet
     pipeline = uvit_fusion.train(cfg, data, folder, args, device, precision)
     if graded.exists():
         figures = common.read_json(graded)
@@ -161,7 +161,7 @@ def accuracy_table(results, costs, steps):
 def time_table(results, costs):
     """Prints and returns how long each variant trains until TARGET % are right.
 
-    That of the mean curve over seeds; for an interval, the curve of every seed must get there.
+    By the mean curve over seeds; for an interval, the curve of every seed must get there.
     """
     rows = [["", "steps", "+-", "GFLOPs, forward", "ms a step", "seconds", "+-"]]
     figures = {}
@@ -229,7 +229,7 @@ def random_inputs(cfg, batch_size, device):
 
 def forward_flops(cfg):
     """Floating-point operations of one forward pass at batch 1; a multiply-add counts as two."""
-    # in bf16 the network takes the plain softmax on CPUs; the fused kernel would not be counted
+    # in bf16 the network uses the plain softmax on CPUs; the fused kernel would not be counted
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             UViT(cfg)(*random_inputs(cfg, 1, "cpu"))
@@ -237,7 +237,7 @@ def forward_flops(cfg):
 
 
 def milliseconds(call, device):
-    """How long call() takes, with the work that it gives a GPU."""
+    """How long call() takes, including its work on a GPU."""
     begin = time.perf_counter()
     call()
     common.synchronize(device)
@@ -257,7 +257,7 @@ class TrainingStep:
         self.optimizers = uvit_fusion.make_optimizers(
             self.model, cfg, precision, cfg.muon_names())
         self.inputs = random_inputs(cfg, batch_size, device)
-        # to generate a whole batch would take a CPU minutes
+        # generating a whole batch would take a CPU minutes
         few = batch_size if device.type == "cuda" else max(1, batch_size // 8)
         self.few_inputs = random_inputs(cfg, few, device)
         self.diffusion = Diffusion(cfg.schedule, cfg.target)
@@ -286,7 +286,7 @@ class TrainingStep:
 def step_costs(variants, batch_size, device, precision, compiled=False, rounds=10):
     """{name: {parameters, gflops, ms, sample_ms}} of variants {name: Config}.
 
-    They take turns and the median counts, so that other work on the machine hits all alike.
+    They take turns and the median counts, so that other work on the machine affects all alike.
     """
     steps = {name: TrainingStep(cfg, batch_size, device, precision, compiled)
              for name, cfg in variants.items()}
@@ -308,9 +308,9 @@ def step_costs(variants, batch_size, device, precision, compiled=False, rounds=1
 
 
 def cost(args, device, precision):
-    """Two tables, at the size of the toy world and at the paper's, and a step of its training.
+    """Two tables, at the sizes of the toy world and the paper, and a step of toy training.
 
-    Figures of a GPU have "gpu" before the unit that their name ends with.
+    Figures of a GPU have "gpu" before the unit at the end of their name.
     """
     on_gpu = device.type == "cuda"
     folder = Path(args.out or "runs/cost")
@@ -319,7 +319,7 @@ def cost(args, device, precision):
     # a step of 256 takes a CPU half a minute
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     sweep = SWEEP
-    # to compile takes a minute a row
+    # compiling takes a minute a row
     if args.compile or (args.compile is None and on_gpu):
         sweep = {name: SWEEP[name] for name in ("early", "intermediate")}
     figures = cost_table("coco", sweep, batch_size, 8, args, device, precision)
@@ -475,7 +475,7 @@ def ranks_and_shares(pipeline, images, captions):
 def analyse(args, device, precision):
     """Effective rank of text-to-image attention, and its share of all attention, by block.
 
-    Rows of the matrix are patches, columns the caption's real tokens. Rank 1: every patch looks at
+    Rows of the matrix are patches, columns the caption's real tokens. Rank 1: all patches look at
     the text alike.
     """
     pipeline = sample.load_run(args.run, args.device, args.precision)

@@ -1,4 +1,4 @@
-"""An LLM as the text encoder: what each part gives, and what the layers of the LLM know.
+"""An LLM as the text encoder: what each part adds, and what the layers of the LLM know.
 
     python -m experiments.llm_adapter compare --base runs/deep --steps-1 600 --steps-2 300 \
         --samples 512
@@ -7,8 +7,8 @@
 
 `compare` trains each variant in stage 1 alone, on the same texts in the same order; "no_stage_1" in
 stage 2 alone. It grades them on held-out scenes: in four languages taking turns, as paragraphs, and
-in English. Given again, it trains only what is not finished. `probe` trains no adapter: linear maps
-tell what the states of a layer know. `unseen-languages` grades a trained run on captions in
+in English. Repeated, it trains only what is not finished. `probe` trains no adapter: linear maps
+show what the states of a layer know. `unseen-languages` grades a trained run on captions in
 languages that no training pair has, which only a large LLM knows. Each prints a table and writes
 results.json.
 """
@@ -39,7 +39,7 @@ class UnmaskedAdapter(Adapter):
 
 
 class MLPAdapter(Adapter):
-    """Each token by itself: token i of y is made of token i of the LLM; no attention, no conv."""
+    """Each token by itself: token i of y is made from token i of the LLM; no attention, no conv."""
     def forward(self, h, mask):
         length = self.queries.shape[1]
         missing = max(0, length - h.shape[1])
@@ -53,7 +53,7 @@ class MLPAdapter(Adapter):
 
 # --------------------------------------------------------------------------------- what they read
 def shuffle_embeddings(cfg, llm):
-    """Each token gets the embedding of another: as random ones, of the LLM's own size."""
+    """Each token gets another's embedding: like random ones, but of the LLM's own size."""
     table = llm.model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(cfg.seed)
     order = torch.randperm(len(table), generator=generator).to(table.device)
@@ -77,7 +77,7 @@ class LayersSideBySide:
 
 
 def embeddings_and_last(cfg, llm):
-    """`llm`, which reads the embeddings, and beside it the last layer."""
+    """`llm`, which reads the embeddings, side by side with the last layer."""
     last = encoders.LLMEncoder(cfg.llm, -1, cfg.instruction, llm.device, llm.model.dtype)
     return LayersSideBySide([llm, last])
 
@@ -106,7 +106,7 @@ def run_variant(name, cfg, folder, args):
     base, data, llm, cfg = llm_adapter.prepare(cfg, args)
     if name in LLMS:
         llm = LLMS[name](cfg, llm)
-        cfg.llm_identity = name                 # no run that sample.py could load with cfg.llm
+        cfg.llm_identity = name                 # sample.py must not load it with cfg.llm
     print(f"\n{name}, into {folder}/")
     stage = 2 if name == "no_stage_1" else 1
     adapter_class = ADAPTERS.get(name, Adapter)
@@ -178,7 +178,7 @@ def same_scene(llm, texts, english):
 def narrative_colour(llm, scenes, captions, question):
     """In which narratives a linear map, fitted to captions, names the right colour: bool (N,).
 
-    It reads the last state. The scenes have one group each; question: is put behind each text.
+    It reads the last state. The scenes have one group each; question: is put after each text.
     """
     labels = torch.tensor([list(COLOURS).index(scene.groups[0].colour) for scene in scenes])
     narratives = [language.narrative(scene, random.Random(i)) for i, scene in enumerate(scenes)]
@@ -219,7 +219,7 @@ def probe(args):
 
 # ----------------------------------------------------------------------------- unseen languages
 def unseen_languages(args):
-    """A table of languages that stood in no training pair, by the base and with the LLM."""
+    """A table of languages that were in no training pair, by the base and with the LLM."""
     pipeline = sample.load_run(args.run, args.device, args.precision)
     folder, _ = common.run_files(args.run)
     cfg = common.read_config(Config, folder)

@@ -1,4 +1,4 @@
-"""Pictures of one's own: emoji by their names, and what a few steps make of photographs.
+"""Pictures of one's own: emoji from their names, and what a few steps make of photographs.
 
     python -m experiments.own_data emoji --clip words --steps 1200    # 15 min on one busy core
     python -m experiments.own_data photographs --data path/to/coco --clip words  # 150 steps
@@ -7,7 +7,7 @@
 emoji downloads 23 MB from the npm registry: Microsoft's Fluent Emoji as @lobehub/fluent-emoji-3d
 ships them, and their English names from emojibase-data (both under the MIT licence). It writes
 data/emoji/, a .webp and a .txt for each of some 1 600 emoji, trains on them as
-`uvit_fusion.py --train --data data/emoji` does, and draws names of which some were not trained on.
+`uvit_fusion.py --train --data data/emoji` does, and draws names, some of them not trained on.
 
 photographs counts the black ones among 24 images of validation captions, for each sampler. With the
 toy world's --time-power 0.3 many are black or white: see PRESETS in uvit_fusion.py.
@@ -40,7 +40,7 @@ PROMPTS = (
     # trained on, if they fell into that split
     "red heart", "blue circle", "green apple", "yellow square", "evergreen tree", "full moon",
     "cat face", "soccer ball",
-    # not among the names, but for the brown circle
+    # not among the names, except for the brown circle
     "green heart with arrow", "purple apple", "blue moon", "red tree", "orange book and pen",
     "brown circle", "green car", "blue cat",
 )
@@ -48,7 +48,7 @@ PROMPTS = (
 
 # -------------------------------------------------------------------------------------------- emoji
 def download(url):
-    """The files of a .tgz on the net, {name within the package: bytes}."""
+    """The files of a .tgz on the web, {name within the package: bytes}."""
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             content = answer.read()
@@ -62,7 +62,7 @@ def download(url):
 def prepare_emoji(folder, registry=REGISTRY):
     """Writes an image and its name for each emoji that has both, if they are not there."""
     folder = Path(folder)
-    if (folder / ".done").exists():                  # hidden, so it is no file of the data set
+    if (folder / ".done").exists():                  # hidden, so it is not part of the data set
         return folder
     pictures = download(f"{registry}/{PICTURES}")
     names = json.loads(download(f"{registry}/{NAMES}")["en/data.json"])
@@ -91,7 +91,7 @@ def emoji(args, device, precision):
 
 # -------------------------------------------------------------------------------------- photographs
 def photographs(args, device, precision):
-    """Counts images of a mean brightness below 32 of 255, among those of 24 captions."""
+    """Counts images with a mean brightness below 32 of 255, among those of 24 captions."""
     if getattr(args, "data", "shapes") == "shapes":
         raise UserError("name a folder of photographs: --data path/to/coco")
     args.steps = getattr(args, "steps", 150)
@@ -112,7 +112,7 @@ def photographs(args, device, precision):
 
 # ------------------------------------------------------------------------------------------- words
 def words(args, device, precision):
-    """Grades the base model of the toy world with word embeddings that are learned with it."""
+    """Grades the base model of the toy world with word embeddings learned along with it."""
     args.clip = "words"
     pipeline, folder = train(args, "runs/words", device, precision)
     figures, table = judge.accuracy(pipeline, toy.prepare("shapes", "words"))

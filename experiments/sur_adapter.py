@@ -1,13 +1,13 @@
-"""SUR-adapter: what the LLM and each part of the loss give, and what the released defects cost.
+"""SUR-adapter: what the LLM and each part of the loss add, and what the released defects cost.
 
     python -m experiments.sur_adapter unheard --steps 600 --samples 512
     python -m experiments.sur_adapter compare --base runs/deep --steps 1000 --samples 512
 
 Trains each variant with the same data, steps and noise. Grades it on held-out scenes, told in three
-ways: plain captions, narratives of words that the triples have in new pairs, and narratives with an
-unheard word that only the LLM has read. Beside them stands a rival: the LLM rewrites the narratives
-and the base draws that. Prints one table and writes results.json. "unheard" trains two variants
-only, with the LLM's term and without it. Given again, a command trains what is not finished.
+ways: plain captions, narratives with the triples' words in new pairs, and narratives with an
+unheard word that only the LLM has read. A rival is graded too: the LLM rewrites the narratives and
+the base draws the result. Prints one table and writes results.json. "unheard" trains two variants
+only, with the LLM's term and without it. A repeated command trains only what is not finished.
 """
 import argparse
 import dataclasses

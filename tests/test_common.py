@@ -1094,6 +1094,14 @@ def test_results_are_kept_beside_new_ones_and_say_how_they_were_made(tmp_path):
     assert set(results) == {"all", "samples", "commit", "machine", "command"}
 
 
+def test_a_gpu_that_was_not_used_is_not_the_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert common.machine() != "a GPU"               # --device cpu
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert common.machine() == "a GPU"
+
+
 def test_a_grid_has_each_image_in_its_place_and_its_text_below(tmp_path):
     images = np.empty((4, 128, 128, 3), np.uint8)
     images[:] = np.array([0, 60, 120, 180]).reshape(4, 1, 1, 1)
@@ -1123,6 +1131,21 @@ def test_a_falling_curve_is_drawn_as_a_falling_line(tmp_path):
     blue = np.abs(pixels - [0x2c, 0x5c, 0xd2]).sum(-1) < 30      # the first curve's colour
     begin, end = (np.nonzero(blue[:, x:x + 20])[0].mean() for x in (80, 560))
     assert begin < end - 50                                      # rows count from the top
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (20, 2800), (-0.3, 0.4), (70.3, 93), (5e-7, 6e-7)])
+def test_ticks_are_round_and_within_the_axis(low, high):
+    ticks = common.round_ticks(low, high)
+    assert 2 <= len(ticks) <= 7
+    assert all(low - 1e-9 * high <= tick <= high * (1 + 1e-9) for tick in ticks)
+    step = ticks[1] - ticks[0]
+    assert f"{step:.0e}"[0] in "125" and float(f"{step:.0e}") == pytest.approx(step)
+    assert all(round(tick / step) == pytest.approx(tick / step) for tick in ticks)
+
+
+def test_ticks_of_logarithms_are_1_2_and_5_times_powers_of_ten():
+    assert common.log_ticks(0.04, 1) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
+    assert common.log_ticks(0.07, 0.08) == pytest.approx([0.07, 0.072, 0.074, 0.076, 0.078, 0.08])
 
 
 # ------------------------------------------------------------------------------------ the command

@@ -14,7 +14,7 @@ def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
     returned as it is. size: pixels of the images. clip, llm, captioner, segmenter: folders of
     models. The toy world's own models, which read 24 x 24 pixels, are trained if they are named
     here. With an LLM the toy world also gets parallel sentences, narratives, and images of
-    differing quality with a scorer for them.
+    varying quality; with an LLM and the tiny CLIP also a scorer for them.
     """
     if data not in WORLDS and not Path(data).is_dir():   # before minutes of building
         raise UserError(f"--data {data}: there is no such folder")

@@ -23,7 +23,7 @@ TIMESTEPS = range(100, 1001, 100)
 def captions_by_field(scenes, seed=0):
     """{"right": N captions, and for each of FIELDS N that are wrong in it alone}.
 
-    scenes: N of two groups: of one group there is no relation to change.
+    scenes: N, each with two groups: one group has no relation to change.
     """
     captions = {name: [] for name in ("right", *FIELDS)}
     for i, scene in enumerate(scenes):
@@ -36,7 +36,7 @@ def captions_by_field(scenes, seed=0):
 
 @torch.no_grad()
 def encode_text(pipeline, captions):
-    """Caption tokens (N, L, D) and their mask (N, L), which serve for every t."""
+    """Caption tokens (N, L, D) and their mask (N, L), used for every t."""
     text, mask = pipeline.text_encoder(captions)
     with common.autocast(pipeline.device, pipeline.precision):
         return pipeline.model.encode_text(text, mask), mask
@@ -64,7 +64,7 @@ def measure(pipeline, data, samples, seed=0):
     """{"right" or a field: losses (T, N)} at TIMESTEPS, of N validation images, each with
     its right caption, or with one that is wrong in this field.
 
-    Of the first `samples` images, the N that show two groups. seed: of the noise, which all
+    N: those of the first `samples` images that show two groups. seed: of the noise, which all
     captions share.
     """
     scenes, _, _ = judge.validation_scenes(data, samples)

@@ -20,9 +20,9 @@ EACH = 8                         # images of each of them
 def diversity(images, clip, each=EACH):
     """How far apart the images of a caption are: {"diversity", "clip_diversity": (captions,)}.
 
-    images: uint8 (captions x each, H, W, 3), those of a caption side by side. Both are means over
+    images: uint8 (captions x each, H, W, 3), those of a caption in succession. Both are means over
     pairs. The first is the root mean square distance of pixels in [0, 1], and sees where things
-    stand. The second, 1 - cos of CLIP's features, sees wrong images among right ones.
+    are. The second, 1 - cos of CLIP's features, sees wrong images among right ones.
     """
     pixels = torch.from_numpy(images).flatten(1).float() / 255
     pixels = pixels.unflatten(0, (-1, each))                                # (captions, each, HW3)
@@ -81,10 +81,10 @@ def variety_lost(start, final):
 
 
 def report(progress, own, rendered, folder):
-    """Prints what a training has gained, and draws it as rewards.png. Returns the figures.
+    """Prints what training has gained, and draws it as rewards.png. Returns the figures.
 
     progress: figures of `measure`, before the first round and after each; own: verdicts on the base
-    with its own guidance, not that of the tuned model; rendered: of `rendered_diversity`.
+    with its own guidance, not that of the tuned model; rendered: from `rendered_diversity`.
     """
     start = progress[0]
     final = progress[-1]
@@ -142,7 +142,7 @@ def outline(image, masks, scale):
 def draw_candidates(rewards, candidates, scores, totals, prompts, path, rows=4):
     """A grid of candidates, a row a prompt, with caption, parts and rewards.
 
-    totals: sums of ranks (P, K); the smallest stands at the left.
+    totals: sums of ranks (P, K); the smallest is on the left.
     """
     images = []
     texts = []

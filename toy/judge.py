@@ -20,7 +20,7 @@ from common import UserError
 from toy.shapes import AREA, COLOURS, FIELDS, SHAPES, Scene, Thing, coverage, neighbourhood
 
 CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}    # below the centre, at radius 1
-SPECK = 0.012        # parts smaller than this share of an image are no objects
+SPECK = 0.012        # parts smaller than this share of an image are not objects
 APART = 0.12         # a relation needs centres that are this far apart, in image widths
 
 
@@ -57,7 +57,7 @@ def unmix(images):
     shares = []
     errors = []
     for rgb in COLOURS.values():
-        # project on the line from the background to the colour
+        # project onto the line from the background to the colour
         towards = np.float32(rgb) - background
         share = ((images - background) * towards).sum(-1) / (towards**2).sum(-1)
         error = images - background - np.clip(share, 0, 1)[..., None] * towards
@@ -65,7 +65,7 @@ def unmix(images):
         errors.append((error**2).sum(-1))
     colour = np.argmin(errors, 0)
     alpha = np.take_along_axis(np.stack(shares), colour[None], 0)[0]
-    # half-covered pixels have no sure colour: they take that of the most covered pixel beside them
+    # half-covered pixels have no sure colour: they take that of the most covered pixel nearby
     most_covered = neighbourhood(alpha).argmax(0)
     colour = np.take_along_axis(neighbourhood(colour), most_covered[None], 0)[0]
     return colour, np.clip(alpha, 0, 1)
@@ -74,7 +74,7 @@ def unmix(images):
 def parse(images):
     """Finds the objects in images, (N, S, S, 3) uint8 or floats in [0, 255]: N lists of `Thing`.
 
-    An object is a connected area of mostly covered pixels of one colour, if it is no mere speck.
+    An object is a connected area of mostly covered pixels of one colour, unless it is a speck.
     """
     images = np.asarray(images, np.float32)
     size = images.shape[1]
@@ -156,7 +156,7 @@ def judge(things, scene):
         for owners in product(groups, repeat=len(things)):
             members = [[t for t, owner in zip(things, owners) if owner == g] for g in groups]
             verdict = compare(members, scene)
-            # of equally many right fields: colour and shape tell which group an object is of
+            # in a tie of right fields, colour and shape tell which group an object belongs to
             merit = (sum(verdict.values()), verdict["colour"], verdict["shape"], verdict["count"])
             if merit > best_merit:
                 best = verdict
@@ -173,10 +173,10 @@ ROWS = {
 
 @functools.cache
 def validation_scenes(data, samples, first=0):
-    """`samples` validation scenes from the `first` on, a caption of each, and which are unseen.
+    """`samples` validation scenes from number `first` on, a caption of each, and which are unseen.
 
-    Returns (scenes, captions, unseen: bool array), the same for every run and for all callers: not
-    to be changed. Raises UserError for data without scenes.
+    Returns (scenes, captions, unseen: bool array), the same for every run and for all callers: do
+    not change them. Raises UserError for data without scenes.
     """
     dataset = image_data.CaptionedImages(data, "val", size=24)       # reads no image
     items = dataset.items[first:first + samples]
@@ -208,7 +208,7 @@ def grade_images(images, scenes, unseen):
 def accuracy(pipeline, data, samples=2048, first=0, **sampling):
     """Generates images for held-out captions and grades them.
 
-    samples, first: how many validation scenes, from which one on; sampling: for
+    samples, first: how many validation scenes, starting at which; sampling: for
     `pipeline.generate`.
     Returns (figures, table): figures has each of ROWS in %, "all_ci" (the 95 % interval of "all")
     and the number of "samples"; table is that of `grade_images`.

@@ -1,7 +1,7 @@
 """Scenes in other words: other languages, long texts, common-sense narratives, lines for an LLM.
 
 The tiny CLIP learns from short English captions alone and reads 20 tokens. A prompt in German, a
-paragraph, or "balls the colour of grass" takes a language model that has read more. Here is what it
+paragraph, or "balls the colour of grass" needs a language model that has read more. Here is what it
 reads; all of it can be checked against the scene.
 
     scene = Scene((Group(3, "green", "circle"), Group(1, "blue", "square")), "above")
@@ -35,7 +35,7 @@ def fill(text, rng):
 
 
 def either_way(scene, rng):
-    """(first group, second group, relation): as in the scene, or turned round, half of the time."""
+    """(first group, second group, relation): as in the scene, or turned round half of the time."""
     first, second = scene.groups
     if rng.random() < 0.5:
         return first, second, scene.relation
@@ -44,7 +44,7 @@ def either_way(scene, rng):
 
 # --------------------------------------------------------------------------------------- languages
 # {a} and {b} are the two groups; the opening "{}" adds nothing. "plain" and "place first" are word
-# orders, the second perhaps with another form, behind '/', for a plural {a}. French and Italian
+# orders; the second may have another form, after '/', for a plural {a}. French and Italian
 # words have the forms of Spanish ones.
 SPANISH = {
     # gender/one/many
@@ -167,7 +167,7 @@ def tell(scene, language, rng):
         return shapes.sentence(scene, rng)
     words = WORDS[language]
     phrase = PHRASES[language]
-    # German has the dative behind an opening and behind a preposition
+    # German uses the dative after an opening and after a preposition
     opening = fill(words["opening"], rng)
     if len(scene.groups) == 1:
         text = phrase(words, scene.groups[0], rng, dative=opening != "{}")
@@ -189,7 +189,7 @@ def plain(scene):
     """The scene in one English wording: 'three green circles above a blue square'."""
     groups = scene.groups
     relation = scene.relation
-    if relation in ("below", "right of"):             # a scene and the same turned round read alike
+    if relation in ("below", "right of"):             # a scene and its reverse read alike
         groups = groups[::-1]
         relation = OPPOSITE[relation]
     names = []
@@ -226,9 +226,9 @@ def length(text, language):
 
 
 def paragraph(scene, rng, words=(60, 120), language="english", lead=40):
-    """A long prompt that describes the scene once, behind filler of at least the length `lead`.
+    """A long prompt that describes the scene once, after filler of at least the length `lead`.
 
-    words: its least and its greatest `length` (there is filler for 140 words in English, for 90
+    words: its minimum and maximum `length` (there is filler for 140 words in English, for 90
     words or Chinese characters in the other languages).
     """
     space = "" if language == "chinese" else " "
@@ -237,7 +237,7 @@ def paragraph(scene, rng, words=(60, 120), language="english", lead=40):
     else:
         caption = tell(scene, language, rng)
         caption = caption[0].upper() + caption[1:] + ("。" if language == "chinese" else ".")
-    # filler is added until there is enough: its last sentence may go beyond that by LONGEST
+    # filler is added until there is enough: its last sentence may exceed that by LONGEST
     enough = rng.randint(words[0], max(words[0], words[1] - LONGEST))
     before = rng.randint(lead, max(lead, enough - length(caption, language)))
     filler = [fill(text, rng) for text in rng.sample(FILLER[language], len(FILLER[language]))]
@@ -307,10 +307,10 @@ PLACES = {
     "left of": ("west of", "to the west of", "on the sunset side of"),
     "right of": ("east of", "to the east of", "on the sunrise side of"),
 }
-CONCISE = 18     # words and marks of a narrative: with start and end 20, as the tiny CLIP reads
+CONCISE = 18     # words and marks of a narrative: 20 with start and end, the tiny CLIP's limit
 ALL_HUES = [hue for hues in HUES.values() for hue in hues]
 ALL_BODIES = [body for bodies in BODIES.values() for body in bodies]
-# the last word for each colour and shape: no image shows what it means, only the LLM reads of it
+# the last word for each colour and shape: no image shows what it means, only the LLM reads about it
 UNHEARD = {words[-1] for table in (HUES, BODIES) for words in table.values()}
 
 
@@ -348,7 +348,7 @@ def facts(rng):
 
 
 def held_out_pair(hue, body):
-    """True for the pairs, one in eight, such as ('grass', 'coin') that training never has together.
+    """True for the pairs, one in eight, that training never combines, such as ('grass', 'coin').
 
     Each word still occurs in other pairs: a model that knows the facts can combine them.
     """
@@ -356,14 +356,14 @@ def held_out_pair(hue, body):
 
 
 def has_pair(kind, hue, body):
-    """Whether narratives of this kind may have a pair of words."""
+    """Whether narratives of this kind may have this pair of words."""
     new = held_out_pair(hue, body)
     unheard = hue in UNHEARD or body in UNHEARD
     allowed = {
         "read": not new,                             # what the LLM reads
         "heard": not new and not unheard,            # SUR-adapter's triples
-        "unheard": not new and unheard,              # what the LLM has read, and no triple has
-        "new pair": new and not unheard,             # words of the triples, as never put together
+        "unheard": not new and unheard,              # what the LLM has read but no triple has
+        "new pair": new and not unheard,             # words of the triples, newly combined
     }
     return allowed[kind]
 
@@ -425,7 +425,7 @@ def build_narratives(folder="data/shapes", texts=5000, seed=0):
     "text": ..., "prompt": ...}, a narrative of heard words and its keyword prompt, with the groups
     in the same order. 30 % of the training images have a caption in place of both, since a plain
     prompt means what it says. The narratives of validation have a new pair. narratives.txt has
-    `texts` further narratives, each with an unheard word. It comes last: where it is, nothing is
+    `texts` further narratives, each with an unheard word. It comes last: if it exists, nothing is
     written.
     """
     done = Path(folder) / "train2017" / "narratives.txt"
@@ -445,7 +445,7 @@ def build_narratives(folder="data/shapes", texts=5000, seed=0):
                 text, prompt = narrative_and_keywords(scene, rng, "heard", hard)
             lines.append({"file_name": image["file_name"], "text": text, "prompt": prompt})
         write_lines(path, lines)
-    # of training scenes, which came last
+    # from training scenes, which came last
     scenes = [Scene.from_json(image["scene"]) for image in content["images"][-texts:]]
     narratives = [narrative(scene, rng, "heard", "unheard") for scene in scenes]
     with atomic_write(done) as unfinished:
@@ -471,12 +471,12 @@ def tag_example(scene, rng):
     return line
 
 
-IN_PLAIN_WORDS = ". in plain words:"    # behind a narrative: what it means follows
+IN_PLAIN_WORDS = ". in plain words:"    # after a narrative: its meaning follows
 # the kinds of lines that the tiny LLM reads, in %
 SHARES = {
     "caption": 17,       # in one of LANGUAGES, or (one in five) the keyword prompt
     "parallel": 22,      # in two languages: 'german: drei grüne Kreise ... english: three ...'
-    "paragraph": 5,      # with the meaning: '... in plain words: three green ...'; mostly English
+    "paragraph": 5,      # with the meaning: '... in plain words: three green ...'; half English
     "narrative": 17,     # without held-out pairs, with the meaning
     "facts": 4,          # three of them
     "tag": 35,           # a caption, eight labels, and how well each fits
@@ -507,7 +507,7 @@ def instructed_line(scene, rng):
     """A line of text for the tiny instructed LLM.
 
     70 % are narratives, followed by their keyword prompts, with the groups in the same order; the
-    others are lines of `corpus_line`, so that nothing is forgotten.
+    rest are lines of `corpus_line`, so that nothing is forgotten.
     """
     if rng.random() < 0.7:
         text, prompt = narrative_and_keywords(scene, rng)

@@ -4,9 +4,9 @@ A file has one group a line, as JSON:
     {"pictures": ["../val2017/000000000007.png"], "texts": ["two red discs", "three red discs"],
      "right": 0, "kind": "count"}
 
-A group is one image and several texts, or several images and one text, of which number "right" is
-right; or, as in Winoground, two images and two texts, the first text for the first image and the
-second for the second. Paths are relative to the file. "kind" is optional: a column of the table.
+A group is one image and several texts, or several images and one text; "right" is the number of
+the right one; or, as in Winoground, two of each, the first text for the first image and the second
+for the second. Paths are relative to the file. "kind" is optional: a column of the table.
 """
 import os
 import random
@@ -25,7 +25,7 @@ KINDS = FIELDS               # of groups with one wrong candidate: the field tha
 
 
 def read_groups(path):
-    """The groups of a file, with paths of images that hold from here."""
+    """The groups of a file, with image paths that are valid from here."""
     groups = read_json_lines(path, path, ())
     for n, group in enumerate(groups, 1):
         try:
@@ -84,7 +84,7 @@ def change(scene, kind, split, rng):
 
 
 def one_wrong_image(kind, path, scene, changed, folder, name, size, rng):
-    """A text with its image and another one, of the changed scene."""
+    """A text with its image and one of the changed scene."""
     other = draw(changed, folder, name, size, rng)
     return shuffled(kind, [path, other], tell_alike([scene], rng), rng)
 
@@ -117,10 +117,10 @@ def nine_wrong_texts(path, scene, rng):
 
 
 def swapped(path, scene, folder, name, size, rng):
-    """Two images and two texts: the scene, and the scene with its groups in each other's place."""
+    """Two images and two texts: the scene, and the scene with its groups swapped."""
     words = rng.getrandbits(32)
     a, b = (shapes.phrase(group, random.Random(words)) for group in scene.groups)
-    # a phrase is told by its own generator, so these are the same words in another order
+    # each phrase has its own generator, so these are the same words in another order
     texts = [f"{a} {scene.relation} {b}", f"{b} {scene.relation} {a}"]
     other = draw(Scene(scene.groups, OPPOSITE[scene.relation]), folder, name, size, rng)
     return {"pictures": [path, other], "texts": texts, "kind": "winoground"}
@@ -129,8 +129,8 @@ def swapped(path, scene, folder, name, size, rng):
 def build_matching(folder="data/shapes", size=24, train=5_120, test=512, others=256, seed=0):
     """Writes annotations/match_*.jsonl and their images, if they are not there; returns the folder.
 
-    match_tune: `train` groups of an image, a right and a wrong text, which take turns with as many
-    of a text, a right and a wrong image; match_val: `test` groups of two texts of each of KINDS.
+    match_tune: `train` groups of an image, a right and a wrong text, alternating with as many of a
+    text, a right and a wrong image; match_val: `test` groups of two texts for each of KINDS.
     match_pictures, match_ten, match_winoground: `others` groups of two images and a text, of an
     image and ten texts, of two images and two texts.
     """
@@ -162,7 +162,7 @@ def build_matching(folder="data/shapes", size=24, train=5_120, test=512, others=
     write_lines(annotations / "match_pictures.jsonl", two)
     write_lines(annotations / "match_ten.jsonl", ten)
     write_lines(annotations / "match_winoground.jsonl", winoground)
-    write_lines(annotations / "match_tune.jsonl", in_turn)           # the last: all are there
+    write_lines(annotations / "match_tune.jsonl", in_turn)           # last: now all are there
     return folder
 
 
@@ -175,7 +175,7 @@ def rank(scores, right):
 
 
 def matched(groups, tables):
-    """Of each group with a right candidate, whether it is first: 0 and 1, (groups,).
+    """For each group with a right candidate, whether it is first: 0 and 1, (groups,).
 
     tables: for each group its scores (images, texts).
     """
@@ -184,7 +184,7 @@ def matched(groups, tables):
 
 
 def figure_prefix(name):
-    """How the names of the figures of a matcher begin that are not its figure over all kinds."""
+    """The prefix of a matcher's figures other than its figure over all kinds."""
     return {"accuracy": "", "clip_zero_shot": "clip_"}.get(name, f"{name}_")
 
 

@@ -1,19 +1,19 @@
 """Small stand-ins for the models that the papers download, trained on the toy world.
 
-`clip()` stands for openai/clip-vit-large-patch14. It learns from the captions of training scenes by
-the contrastive loss of CLIP (Radford et al. 2021), and reads English only, 20 tokens of it. It has
-CLIP's known weakness: it tells colours and shapes apart, and hardly relations.
+`clip()` stands for openai/clip-vit-large-patch14. It learns from the captions of training scenes
+with CLIP's contrastive loss (Radford et al. 2021), and reads English only, 20 tokens of it. It has
+CLIP's known weakness: it tells colours and shapes apart, but hardly relations.
 `llm()` stands for Llama, Qwen and Vicuna. It predicts the next token of `language.corpus_line`:
 four languages, paragraphs and common-sense facts, 256 tokens at a time. It has never seen an image.
-`instructed_llm()` stands for Vicuna and other chat models. It is `llm()`, trained on to say what a
-narrative means when it reads "in plain words:".
+`instructed_llm()` stands for Vicuna and other chat models. It is `llm()`, trained further to say
+what a narrative means when it reads "in plain words:".
 `scorer()` stands for the aesthetic predictor of LAION: a linear head on the tiny CLIP that tells
 how good an image is.
 `captioner()` stands for Salesforce/blip2-opt-2.7b. It describes an image in plain English.
 `segmenter()` stands for SAM with a semantic branch. It gives each pixel its colour and shape.
 
 Each function trains its model, if it is not there, and returns its folder, in the Hugging Face
-format. The same classes of transformers load them as the real models: CLIPModel, LlamaForCausalLM,
+format. The same classes of transformers load them and the real models: CLIPModel, LlamaForCausalLM,
 AutoModelForImageTextToText and AutoModelForSemanticSegmentation.
 """
 import itertools
@@ -42,7 +42,7 @@ INSTRUCTED_FOLDER = Path("runs/toy/llm_instructed")
 CAPTIONER_FOLDER = Path("runs/toy/captioner")
 SEGMENTER_FOLDER = Path("runs/toy/segmenter")
 SCORER = "runs/toy/quality.safetensors"
-SIZE = 24                    # pixels that the models of images see
+SIZE = 24                    # pixels that the image models see
 LENGTH = 20                  # tokens that the tiny CLIP reads, and the tiny captioner writes
 CONTEXT = 256                # tokens that the tiny LLM reads
 # CLIP's own normalisation of pixels
@@ -55,7 +55,7 @@ TOKENS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
 
 # ---------------------------------------------------------------------------- shared by the models
 def is_trained(folder, name, original):
-    """True if a model was trained before; else says that it is trained now."""
+    """True if a model was trained before; if not, says that it is trained now."""
     if (Path(folder) / "config.json").exists():
         return True
     print(f"training the tiny {name}, the stand-in for {original}, into {folder}/ "
@@ -89,7 +89,7 @@ def train_tokenizer(texts, vocabulary=800, length=LENGTH, template="<|start|> $A
 def train_words(data, size, folder, keep):
     """Writes <folder>/words, a tokenizer of the captions for `TextEncoder`; returns its path.
 
-    keep: leave the one that is there.
+    keep: leave the existing one.
     """
     path = Path(folder) / "words"
     if not keep:
@@ -120,7 +120,7 @@ def kernel_for(model_class):
 def muon_and_adamw(model, precision, *layers, rate=1.0):
     """The optimizers of a model: Muon for the matrices of these layers, AdamW for all the rest.
 
-    precision: of Muon's matrix products. rate: factor of both learning rates.
+    precision: of Muon's matrix products. rate: factor for both learning rates.
     """
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
     in_muon = {id(p) for p in matrices}
@@ -179,7 +179,7 @@ def clip(data="data/shapes", folder=CLIP_FOLDER, steps=400, batch_size=192, seed
     if is_trained(folder, "CLIP", "openai/clip-vit-large-patch14"):
         return folder
     dataset = CaptionedImages(data, "train", SIZE)
-    # the tokenizer has whole words for narratives too, as CLIP's has for all of the web, although
+    # the tokenizer has whole words for narratives too, as CLIP's has for the whole web, although
     # the model never reads them
     rng = random.Random(seed)
     narratives = [language.narrative(scene, rng) for scene in scenes_of(dataset)]
@@ -257,9 +257,9 @@ def endless_lines(scenes, rng, line_of):
 
 
 def token_batches(lines, tokens, rng):
-    """Yields batches of lines, lists of token numbers; with padding a batch has at most `tokens`.
+    """Yields batches of lines, as lists of token ids; with padding a batch has at most `tokens`.
 
-    Lines of like length come together, batches in random order.
+    Lines of similar length come together, batches in random order.
     """
     batch = []
     while True:
@@ -270,7 +270,7 @@ def token_batches(lines, tokens, rng):
             if batch and (len(batch) + 1) * len(line) > tokens:
                 ready.append(batch)
                 batch = []
-            batch.append(line)                       # a batch that is not full begins the next pool
+            batch.append(line)                       # a batch that is not full starts the next pool
         yield from rng.sample(ready, len(ready))
 
 
@@ -288,7 +288,7 @@ def llm(data="data/shapes", folder=LLM_FOLDER, steps=1700, tokens=1536, seed=0):
         **TOKENS)
     model, _, precision = new_model(transformers.LlamaForCausalLM, config, seed)
     # To score a label the model must look it up in the caption. That is learned late and suddenly,
-    # after some 700 steps, and takes large embeddings, with which the outputs are compared too, and
+    # after some 700 steps, and needs large embeddings, which outputs are also compared with, and
     # layers that do nothing at first.
     nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     nn.init.constant_(model.model.norm.weight, 0.1)
@@ -311,7 +311,7 @@ def predict_next_tokens(trainer, tokenizer, lines, steps, tokens, rng, precision
         x = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in batch], batch_first=True,
                                       padding_value=-1).to(device)                       # (B, L)
         x = F.pad(x, (0, -x.shape[1] % 8), value=-1)            # few different shapes are faster
-        with autocast(device, precision):                       # causal: padding behind is harmless
+        with autocast(device, precision):                       # causal: end padding is harmless
             logits = model(input_ids=x.clamp(min=0)).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), x[:, 1:].flatten(),
                                ignore_index=-1)
@@ -322,8 +322,8 @@ def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_
                    tokens=1536, seed=0):
     """The folder of the tiny instructed LLM, which is trained if it is not there.
 
-    It goes on from the tiny LLM with `language.instructed_line`. The tiny LLM itself says 3 of 10
-    narratives rightly in plain words: of two groups it says one twice. tokens: in a batch.
+    It continues from the tiny LLM with `language.instructed_line`. The tiny LLM itself puts 3 of 10
+    narratives correctly into plain words: of two groups it names one twice. tokens: in a batch.
     """
     llm(data, llm_folder)
     if is_trained(folder, "instructed LLM", "Vicuna"):
@@ -348,7 +348,7 @@ def captioner(data="data/shapes", folder=CAPTIONER_FOLDER, steps=1000, batch_siz
     """The folder of the tiny captioner, which is trained if it is not there.
 
     It learns one wording, `language.plain`, in which the upper or left group comes first. From
-    captions in all wordings relations were still guessed after 900 steps; in this one count,
+    captions in all wordings, relations were still guesses after 900 steps; in this one, count,
     colour, shape and relation are 99 % right after 1000.
     """
     if is_trained(folder, "captioner", "Salesforce/blip2-opt-2.7b"):

@@ -1,7 +1,7 @@
 """How well prompts in four languages and of any length are understood on the toy world.
 
 `base` is the pipeline of a run of `uvit_fusion`. In `adapted` and those of `after_stage` an LLM
-with an adapter of `llm_adapter` has taken the place of its text encoder.
+with an adapter of `llm_adapter` replaces its text encoder.
 """
 import random
 from pathlib import Path
@@ -40,8 +40,8 @@ def grade(pipeline, kind, data, samples, steps):
 def report(base, after_stage, data, folder, args):
     """Prints what the LLM understands, draws two grids, and returns the figures (in %).
 
-    after_stage: {n: pipeline with the weights of stage n}; args: samples, sample_steps, and font, a
-    loaded one.
+    after_stage: {n: pipeline with the weights of stage n}; args: samples, sample_steps, and a
+    loaded font.
     """
     adapted = after_stage[max(after_stage)]
     figures = {}
@@ -79,7 +79,7 @@ def report(base, after_stage, data, folder, args):
 
 
 def draw(base, adapted, data, folder, font):
-    """Draws samples/languages.png and samples/long.png: the same prompts and noise by both."""
+    """Draws samples/languages.png and samples/long.png: the same prompts and noise for both."""
     scenes, captions, _ = judge.validation_scenes(data, 6)
     prompts = validation_prompts(scenes, captions)
     labels = ["own text encoder", "with the LLM"]

@@ -1,7 +1,7 @@
 """How well narrative prompts are understood on the toy world, and whether plain captions still are.
 
 `pipeline` is that of `uvit_fusion`; `base` and `adapted` are without and with an adapter of
-`sur_adapter`; `llm` is the folder of an LLM that can say a narrative in plain words.
+`sur_adapter`; `llm` is the folder of an LLM that can put a narrative into plain words.
 """
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ KINDS = {"plain": None, "narrative": "new pair", "unheard": "unheard"}
 def grade(pipeline, data, samples, steps, kinds=KINDS, rewrite=None):
     """Generates held-out scenes from prompts of several kinds, with the same noise.
 
-    Returns two dicts with the `kinds` as keys: images (N, H, W, 3), and their tables by
+    Returns two dicts with the `kinds` as keys: images (N, H, W, 3), and their tables from
     `judge.grade_images`. rewrite: a function that changes the prompts, such as a `Rewriter`.
     """
     scenes, captions, unseen = judge.validation_scenes(data, samples)
@@ -37,7 +37,7 @@ def grade(pipeline, data, samples, steps, kinds=KINDS, rewrite=None):
 
 
 class Rewriter:
-    """An LLM that says prompts in plain words, greedily: the rival, which needs it to generate."""
+    """An LLM that puts prompts into plain words, greedily: a rival that needs it to generate."""
     def __init__(self, path, device="cpu"):
         self.model, self.tokenizer = encoders.load_pretrained(
             "AutoModelForCausalLM", path, "--llm", "language model", device)

@@ -1,7 +1,7 @@
 """Captioned shapes: a world small enough for a laptop, on disk in the layout of MS-COCO.
 
 A *scene* is one or two groups of coloured shapes and, with two groups, the relation between them.
-Five English captions describe it, a small anti-aliased image shows it.
+Five English captions describe it, and a small anti-aliased image shows it.
 
     rng = random.Random(0)
     scene = random_scene(rng)                  # Scene((Group(3, 'green', 'circle'), ...), 'above')
@@ -73,8 +73,8 @@ class Thing:
 def held_out(group):
     """True for the (count, colour, shape) triples, one in eight, that never occur in training.
 
-    Every pair of a count, a colour and a shape still occurs in other triples: a model that composes
-    can draw them.
+    Any two of a count, colour and shape still occur together in other triples: a model that
+    composes can draw them.
     """
     colour = list(COLOURS).index(group.colour)
     shape = SHAPES.index(group.shape)
@@ -88,7 +88,7 @@ def is_possible(scene):
 
 
 def random_scene(rng, unseen=False, simple=False):
-    """A scene: 1 to 4 objects and, in 70 % of the scenes but never if `simple`, 1 or 2 others.
+    """A scene: 1 to 4 objects and, in about two of three but never if `simple`, 1 or 2 others.
 
     unseen: False for scenes without any held-out triple, True for scenes with at least one.
     """
@@ -110,7 +110,7 @@ def change_field(scene, field, rng):
         return Scene(scene.groups, rng.choice(others))
     while True:
         i = rng.randrange(len(scene.groups))
-        # a group as `random_scene` draws them, of which one field is taken
+        # a group as `random_scene` draws it; one of its fields is taken
         other = Group(rng.randint(1, 2 if i else 4), rng.choice(list(COLOURS)), rng.choice(SHAPES))
         groups = list(scene.groups)
         groups[i] = replace(groups[i], **{field: getattr(other, field)})
@@ -257,7 +257,7 @@ def neighbourhood(images):
 def degrade(image, things, rng):
     """An image (S, S, 3) made worse in up to four ways: ragged edges, blur, noise, pale colours.
 
-    Returns the image and its quality, from 0 to 1; that of the image as it was would be 0.8. Half
+    Returns the image and its quality, from 0 to 1; that of the original image would be 0.8. Half
     of the images get more vivid colours instead of pale ones, which makes them better.
     """
     ragged = rng.random() * (rng.random() < 0.5)     # each of these is 0 in half of the images

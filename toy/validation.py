@@ -1,4 +1,4 @@
-"""What a training reports: ten times while it runs, and at its end.
+"""What a training run reports: ten times along the way, and at its end.
 
 Images for captions of the validation split, and on the toy world the judge's verdict on others.
 """
@@ -18,10 +18,10 @@ def validation_captions(dataset, count):
 
 
 class Validation:
-    """Measures a training ten times; pipeline: that of the EMA weights.
+    """Measures a training run ten times; pipeline: the one with the EMA weights.
 
     The loss, and images: samples/step_<n>.png. On the toy world also the share right, of the last
-    `samples` scenes, where `report` grades the first. `curve`: (seconds of training, % right).
+    `samples` scenes; `report` grades the first. `curve`: (seconds of training, % right).
     """
     def __init__(self, pipeline, data, folder, samples):
         self.pipeline = pipeline
@@ -80,7 +80,7 @@ class Validation:
 
 
 def time_until(curve, right):
-    """When a curve [(time, % right), ...] first gets to `right` %, interpolated; nan if never."""
+    """When a curve [(time, % right), ...] first reaches `right` %, interpolated; nan if never."""
     for (time_below, below), (time_above, above) in itertools.pairwise(curve):
         if below < right <= above:
             return time_below + (right - below) / (above - below) * (time_above - time_below)
@@ -88,7 +88,7 @@ def time_until(curve, right):
 
 
 def report(pipeline, data, folder, samples, begin):
-    """Ends a training: generates images for captions and, on the toy world, grades `samples`.
+    """Ends a training run: generates images for captions and, on the toy world, grades `samples`.
 
     Writes samples/validation.png and results.json. begin: time.time() at the start.
     """
