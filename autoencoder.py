@@ -239,7 +239,7 @@ def load_for(cfg, device):
     if not cfg.autoencoder:
         if cfg.channels != 3:
             raise UserError(f"an image of {cfg.channels} channels is a latent (pixels have 3): "
-                            "name its autoencoder by --autoencoder")
+                            "name its autoencoder with --autoencoder")
         return None
     vae = load(cfg.autoencoder, device)
     if vae.channels != cfg.channels:
@@ -327,7 +327,7 @@ def encode_images(pixels, vae, device, path, batch_size=16):
             rows[first:first + len(images)] = moments.half().cpu().numpy()
             broken += [first + i for i, reason in enumerate(reasons) if reason]
             if len(broken) > 0.01 * len(pixels):
-                raise UserError(f"more than 1 % of the images cannot be read (one is "
-                                f"{pixels.items[broken[0]][0]}): mend or remove them")
+                raise UserError(f"more than 1 % of the images cannot be read (such as "
+                                f"{pixels.items[broken[0]][0]}): fix or remove them")
         rows.flush()
     return broken

@@ -69,7 +69,7 @@ def system_failure(error):
         return f"a process that reads images died ({text.splitlines()[0]}): try fewer --workers"
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if out_of_memory or re.search("allocate memory|out of memory|overflow", text):
-        return "there is too little memory: try a smaller --batch-size, or a smaller network"
+        return "out of memory: try a smaller --batch-size or a smaller network"
     return ""
 
 
@@ -117,7 +117,7 @@ def read_text(path):
 
 def read_json(path):
     """The JSON object of a file."""
-    with reading(path, "it must hold one JSON object: copy it again"):
+    with reading(path, "expected one JSON object: get a fresh copy"):
         content = json.loads(read_text(path))
         if not isinstance(content, dict):
             raise ValueError(f"it begins with {str(content)[:20]!r}")
@@ -133,7 +133,7 @@ def read_json_lines(path, name, fields):
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        with reading(f"{name}, line {n}: expected {{{expected}}}, found {line[:60]!r}", "mend it"):
+        with reading(f"{name}, line {n}: expected {{{expected}}}, found {line[:60]!r}", "fix it"):
             content = json.loads(line)
             if not all(isinstance(content[field], str) for field in fields):
                 raise TypeError("not a string")
@@ -193,7 +193,7 @@ def add_lora(model, rank, names=("qkv", "proj")):
               if isinstance(module, nn.Linear) and path.split(".")[-1] in names]
     largest = min((side for layer in layers for side in layer.weight.shape), default=rank)
     if rank > largest:
-        raise UserError(f"LoRA of rank {rank} is more than its matrices have: {largest} at most")
+        raise UserError(f"LoRA rank {rank} is above that of its matrices: at most {largest}")
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", LoRA(layer.weight, rank))
     return model
@@ -404,9 +404,9 @@ def read_weights(path, name, hint=""):
                 for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:                          # a damaged file can raise anything
         if "GLOBAL" in str(error):                      # the instruction that loads code
-            raise UserError(f"{name} holds code beside its tensors, which is not run: "
-                            "take the same model's .safetensors file") from None
-        raise UserError(f"{name} is damaged, cut off or no file of tensors: "
+            raise UserError(f"{name} contains code, which is not run: "
+                            "use the same model's .safetensors file") from None
+        raise UserError(f"{name} is damaged, cut off or not a tensor file: "
                         f"copy or download it again{hint}") from None
 
 
@@ -417,7 +417,7 @@ def load_into(model, tensors, path):
     for name in sorted(expected | found):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"{path} holds a network of other settings than these ({name}: "
+                f"{path} holds a network with other settings ({name}: "
                 f"{found.get(name, 'nothing')} in the file, {expected.get(name, 'nothing')} here)")
     model.load_state_dict(tensors)
 
@@ -426,7 +426,7 @@ def load_into(model, tensors, path):
 def whole(text, lowest=-2**31, highest=2**32 - 1):
     """The type of a flag that takes a whole number, of 32 bits."""
     if not re.fullmatch(r"-?\d{1,10}", text) or not lowest <= int(text) <= highest:
-        raise argparse.ArgumentTypeError(f"{text[:20]} is no whole number from {lowest} to "
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not an integer from {lowest} to "
                                          f"{highest}")
     return int(text)
 
@@ -445,7 +445,7 @@ def finite(text):
     """The type of a flag that takes a number."""
     number = float(text)
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text} is no number")
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
     return number
 
 
@@ -455,7 +455,7 @@ NUMBERS = {int: whole, float: finite}
 def add_config_flags(parser, config_class, presets):
     """--preset, and a flag for each field with a trailing comment, which is its help text."""
     group = parser.add_argument_group("settings")
-    own = "; pictures with --data of your own" if "pictures" in presets else ""
+    own = "; pictures with your own --data" if "pictures" in presets else ""
     group.add_argument("--preset", choices=presets,
                        help=f"settings to start from (default toy{own})")
     source = inspect.getsource(config_class)
@@ -487,7 +487,7 @@ def check_value(kind, default, value):
         return number
     choices = typing.get_args(kind)
     if value not in choices if choices else type(value) is not kind:
-        raise ValueError(f"{value!r} does not fit")
+        raise ValueError(f"{value!r} is not valid")
     return value
 
 
@@ -509,7 +509,7 @@ def check_bounds(cfg, **own):
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if not lowest <= number <= highest:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {number}: choose {lowest} to {highest}")
+                    f"--{name.replace('_', '-')} {number}: expected {lowest} to {highest}")
 
 
 def build_config(config_class, values, source="--"):
@@ -518,7 +518,7 @@ def build_config(config_class, values, source="--"):
     checked = {}
     for name, value in values.items():
         flag = name.replace("_", "-") if source == "--" else name
-        with reading(f"{source}{flag}", "there is no such setting, or not with this value"):
+        with reading(f"{source}{flag}", "no such setting, or an invalid value"):
             checked[name] = check_value(fields[name].type, fields[name].default, value)
     return config_class(**checked)
 
@@ -550,7 +550,7 @@ def read_config(config_class, folder, name="config.json"):
     """The settings of a run folder."""
     path = Path(folder) / name
     content = read_json(path)
-    with reading(path, "these are no settings of this method"):
+    with reading(path, "not the settings of this method"):
         for setting, value in content.items():          # such as runs/toy/clip
             if isinstance(value, str) and ("/" in value or "." in value):
                 content[setting] = relocate(value, folder)
@@ -569,12 +569,12 @@ class TrustRemoteCode(argparse.Action):
 
 def add_device_flags(parser):
     parser.add_argument("--device", default="auto",
-                        help="cuda, mps or cpu (default: the first that is there)")
+                        help="cuda, mps or cpu (default: the first available)")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
-                        help="auto takes bf16 where it is faster")
+                        help="auto: bf16 where it is faster")
     parser.add_argument("--trust-remote-code", action=TrustRemoteCode, nargs=0,
-                        help="run the Python code that a language model or text encoder brings "
-                             "along: its authors' code, which may do whatever you may do here")
+                        help="run the Python code that comes with a language model or text "
+                             "encoder: its authors' code can do anything here that you can")
 
 
 def add_training_flags(parser, out_help, quick=None):
@@ -582,11 +582,11 @@ def add_training_flags(parser, out_help, quick=None):
     parser.add_argument("--out", help=out_help)
     if quick:
         parser.add_argument("--quick", action="store_true",
-                            help=f"a smaller run, within minutes, into {quick['out']}")
+                            help=f"a smaller run that takes minutes, in {quick['out']}")
     parser.add_argument("--resume", action="store_true",
-                        help="go on with the run in --out, where it stopped")
+                        help="continue the run in --out where it stopped")
     parser.add_argument("--overwrite", action="store_true",
-                        help="start anew in a folder that holds a run")
+                        help="start over, replacing the run in --out")
     add_device_flags(parser)
 
 
@@ -603,7 +603,7 @@ def refuse_flags(parser, args, names, reason):
     """A flag that would have no effect is refused, not ignored."""
     for name in names:
         if getattr(args, name, parser.get_default(name)) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')} plays no part here: {reason}")
+            raise UserError(f"--{name.replace('_', '-')} has no effect here: {reason}")
 
 
 # -------------------------------------------------------------------------------------- run folder
@@ -618,7 +618,7 @@ def run_files(path):
 def check_resume(args):
     """Refuses --resume and --overwrite together."""
     if args.resume and args.overwrite:
-        raise UserError("--resume goes on, --overwrite starts anew: choose one")
+        raise UserError("--resume continues, --overwrite starts over: choose one")
 
 
 def check_run(folder, args):
@@ -628,12 +628,12 @@ def check_run(folder, args):
     holds_run = has_state or any(Path(folder).glob("*.safetensors"))
     check_resume(args)
     if Path(folder).is_file():
-        raise UserError(f"--out {folder}: it is a file, and a run is a folder")
+        raise UserError(f"--out {folder} is a file, not a folder")
     if args.resume and not has_state:
-        raise UserError(f"--resume: there is no run in {folder}/ to go on with")
+        raise UserError(f"--resume: there is no run in {folder}/ to continue")
     if holds_run and not args.resume and not args.overwrite:
-        raise UserError(f"{folder}/ holds a run already: --resume to go on, --overwrite to start "
-                        "anew, --out for another folder")
+        raise UserError(f"{folder}/ already holds a run: --resume to continue, --overwrite to "
+                        "start over, --out for another folder")
 
 
 def may_go_on(name, before, now):
@@ -654,11 +654,11 @@ def check_settings(folder, cfg, same_data=False):
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))    # lists for tuples, as in the file
     for name in now:
         if not (same_data and name == "data") and not may_go_on(name, before.get(name), now):
-            hint = "give the same settings, or another --out"
+            hint = "use the same settings or another --out"
             if name == "steps" and "init" in now:
-                hint = ("its schedule ends with the last step; to train on, begin "
-                        f"another --out with --init {folder}/model.safetensors")
-            raise UserError(f"{folder}/ was begun with {name} = {before.get(name)}, now it is "
+                hint = ("its schedule ends with the last step; to train longer, start "
+                        f"a new --out with --init {folder}/model.safetensors")
+            raise UserError(f"{folder}/ was started with {name} = {before.get(name)}, now it is "
                             f"{now[name]}: {hint}")
     return before | now
 
@@ -681,7 +681,7 @@ def read_metrics(path):
     """(names, rows) of a metrics.csv, in cells; a row that was cut off is left out."""
     heading, *lines = path.read_text(errors="replace").split("\n")
     if not re.fullmatch(r"step(,\w+)*", heading, re.ASCII):
-        raise UserError(f"{path} has lost its heading: delete it")
+        raise UserError(f"{path} has lost its header: delete it")
     names = heading.split(",")
     rows = []
     for line in lines:
@@ -738,7 +738,7 @@ class Run:
 
     def restore(self, cfg):
         path = self.folder / "state.pt"
-        with reading(path, "it is damaged: start anew with --overwrite"):
+        with reading(path, "it is damaged: start over with --overwrite"):
             if zipfile.ZipFile(path).testzip():         # compares checksums
                 raise ValueError("its content has changed")
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -746,9 +746,9 @@ class Run:
         if precision != self.precision:
             flag = {"torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(precision, precision)
             raise UserError(f"{self.folder}/ was trained in {precision}, now it would be in "
-                            f"{self.precision}: give --precision {flag}")
+                            f"{self.precision}: use --precision {flag}")
         settings = check_settings(self.folder, cfg, self.data and self.data == state.get("data"))
-        with reading(path, "it is damaged: start anew with --overwrite"):
+        with reading(path, "it is damaged: start over with --overwrite"):
             self.start = range(self.steps + 1).index(state["step"])
             for part, saved in zip(self.parts, state["parts"], strict=True):
                 load_part(part, saved)
@@ -784,8 +784,8 @@ class Run:
                 means[name] = torch.stack(known).mean().item()
         self.values = []
         if not all(map(math.isfinite, means.values())):
-            raise UserError(f"step {step}: {means} is no number any more; the last checkpoint "
-                            "stays as it was: try a lower --lr, or --precision fp32")
+            raise UserError(f"step {step}: {means} is no longer finite; the last checkpoint "
+                            "is intact: try a lower --lr or --precision fp32")
         self.progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
         if self.rank == 0:
             with self.writing(), open(self.folder / "metrics.csv", "a") as file:
@@ -802,7 +802,7 @@ class Run:
         except OSError as error:
             advice = "make room and start again"
             if self.saved:
-                advice = f"the checkpoint of step {self.saved} is whole: make room, then --resume"
+                advice = f"the checkpoint of step {self.saved} is intact: make room, then --resume"
             message = f"{self.folder}/ cannot be written: {say_why(error)}; {advice}"
             raise UserError(message) from None
 
@@ -826,7 +826,7 @@ class Run:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.stopped:
-            print(f"stopped after step {step}; to go on: the same command with --resume")
+            print(f"stopped after step {step}; to continue: the same command with --resume")
             sys.exit(130)
 
     def plot(self):
@@ -892,7 +892,7 @@ def finish(folder, figures, begin):
     seconds = time.time() - begin
     memory = peak_memory_mb()
     write_results(folder, figures | {"seconds": seconds, "peak_memory_mb": memory})
-    print(f"{seconds:.0f} s in all, {memory:.0f} MB at the most; "
+    print(f"{seconds:.0f} s in total, {memory:.0f} MB at most; "
           f"figures in {Path(folder) / 'results.json'}")
 
 
@@ -914,7 +914,7 @@ def print_table(rows, title=""):
 def load_font(path=None):
     """The font of a file; by default DejaVu, which covers more scripts than Pillow's own font."""
     if path:
-        with reading(f"--font {path}", "it is no font file that can be read"):
+        with reading(f"--font {path}", "it is not a readable font file"):
             return ImageFont.truetype(path, 11)
     try:
         return ImageFont.truetype("DejaVuSans.ttf", 11)

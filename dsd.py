@@ -88,7 +88,7 @@ class Config:
     def __post_init__(self):
         low, high = self.times
         if not 1 <= low <= high <= uvit_fusion.Diffusion.T:
-            raise UserError(f"--times {low} {high}: choose 1 <= lowest <= highest <= 1000")
+            raise UserError(f"--times {low} {high}: expected 1 <= lowest <= highest <= 1000")
         common.check_bounds(
             self, evaluations=(1, uvit_fusion.Diffusion.T), prompts=(0, 1000), lora_rank=(0, 10**6),
             shots=(0, 1e9), negatives=(1, 1000), weight_lr=common.BOUNDS["lr"])
@@ -261,7 +261,7 @@ def match(matcher, candidates, bank=None, score=Matcher.forward, batch_size=256)
         scores.append(torch.stack(scores_at_t).mean(0).cpu())
     scores = torch.cat(scores)
     if not scores.isfinite().all():                             # nan would count as wrong
-        raise UserError("the network gives nan, no scores: its weights are damaged, or too large "
+        raise UserError("the network gives nan, not scores: its weights are damaged, or too large "
                         "for this precision: try --precision fp32")
     return scores
 
@@ -352,7 +352,7 @@ def train(cfg, matcher, candidates, folder, args):
         raise UserError(f"--negatives {cfg.negatives}: a group has only {fewest} wrong candidates")
     tuned = matcher.tuned()
     if not tuned:
-        raise UserError("nothing is to be tuned: choose --prompts, --head-weights or --lora-rank")
+        raise UserError("there is nothing to tune: choose --prompts, --head-weights or --lora-rank")
     optimizer = make_optimizer(matcher, cfg)
     parts = [nn.ParameterList(tuned.values()), optimizer]              # not the frozen network
     run = common.Run(folder, cfg, parts, tuned, args, matcher.pipeline.precision, save_every=100,
@@ -403,8 +403,8 @@ def load_matcher(path, args):
     """The tuned matcher of a run; for a run of uvit_fusion.py or fine_rewards.py, zero-shot."""
     folder, weights = common.run_files(path)
     if not (folder / "config.json").exists():
-        raise UserError(f"there is no run in {folder}/: tune one first, python dsd.py --train, or "
-                        "match without one, --run runs/uvit_fusion")
+        raise UserError(f"there is no run in {folder}/: tune one first (python dsd.py --train), or "
+                        "match zero-shot (--run runs/uvit_fusion)")
     method = common.read_json(folder / "config.json").get("method")
     if method in ("uvit_fusion", "fine_rewards"):
         return zero_shot(Config(), load_base(path, args))
@@ -414,8 +414,8 @@ def load_matcher(path, args):
     cfg = common.read_config(Config, folder)
     pipeline = load_base(cfg.base, args)
     if cfg.base_identity != pipeline.identity():
-        raise UserError(f"{folder}/ was tuned for another network or text encoder than {cfg.base} "
-                        "has now: tune it anew with --train")
+        raise UserError(f"{folder}/ was tuned for another network or text encoder; {cfg.base} has "
+                        "changed: tune it again with --train")
     matcher = Matcher(cfg, pipeline)
     tensors = common.read_weights(weights, f"checkpoint {weights}")
     common.load_into(matcher, matcher.state_dict() | tensors, weights)      # the rest is the base's
@@ -554,10 +554,10 @@ def train_and_grade(parser, args):
 def rank_for_picture(parser, args):
     """What a matcher is for: ranks texts for an image."""
     if not args.texts or not all(text.strip() for text in args.texts):
-        raise UserError("name texts to rank, none of them empty, in quotes, after the picture")
+        raise UserError("after the picture, give texts to rank, in quotes, none of them empty")
     of_training = {field.name for field in dataclasses.fields(Config)}
     of_training |= {"resume", "overwrite", "quick", "samples", "preset"}
-    common.refuse_flags(parser, args, of_training, "it belongs to --train")
+    common.refuse_flags(parser, args, of_training, "it needs --train")
     folder, _ = common.run_files(args.run)
     out = args.out or folder / "samples" / f"{Path(args.picture).stem}.png"
     rank_texts(load_matcher(args.run, args), args.picture, args.texts, out)
@@ -567,18 +567,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", nargs="?", help="an image to rank texts for")
     parser.add_argument("texts", nargs="*", help="the texts")
-    parser.add_argument("--train", action="store_true", help="tune on labelled groups, and grade")
+    parser.add_argument("--train", action="store_true", help="tune on labelled groups and grade")
     parser.add_argument("--run", default="runs/dsd", help="tuned run that ranks; or one of "
                         "uvit_fusion.py or fine_rewards.py, zero-shot (default %(default)s)")
     parser.add_argument("--samples", type=common.positive, default=512,
                         help="--train: held-out pairs of each kind (default %(default)s)")
     common.add_training_flags(parser, "run folder of --train (default runs/dsd), or the file for "
-                              "the attention to a picture", QUICK)
+                              "a picture's attention", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
     args = common.parse_args(parser, QUICK)
     if args.train:
         if args.picture:
-            raise UserError("choose one of --train and a picture")
+            raise UserError("--train or a picture: choose one")
         common.refuse_flags(parser, args, ["run"], "--train writes a new run, see --out")
         train_and_grade(parser, args)
     elif args.picture:

@@ -57,8 +57,8 @@ def check_path(path):
         hub.HF_HUB_OFFLINE = True                       # what is in the hub's cache still loads
 
 
-OWN_TOKENIZER = ("the model's own tokenizer files must lie in its folder (Stable Diffusion keeps "
-                 "them apart, in tokenizer/)")
+OWN_TOKENIZER = ("the model's own tokenizer files must be in its folder (Stable Diffusion keeps "
+                 "them in tokenizer/)")
 
 
 def check_tokenizer(tokenizer, config):
@@ -76,8 +76,8 @@ def reason_not_loaded(error):
 
     message = str(error).strip()
     if "trust_remote_code" in message:
-        return ("it brings Python code along, which is not run without being asked to: read that "
-                "code, then add --trust-remote-code")
+        return ("it comes with Python code, which is not run by default: read that code, then "
+                "add --trust-remote-code")
     if "tiktoken" in message and "backend tokenizer" not in message:
         # said of every tokenizer.model that could not be read
         packages = {"sentencepiece": is_sentencepiece_available(),
@@ -126,14 +126,14 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
     # BERT's pooler is often left out, and nothing here reads it
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     if missing:
-        raise UserError(f"{flag} {path} is no {name}: {len(missing)} of its weights are missing")
+        raise UserError(f"{flag} {path} is not a {name}: {len(missing)} of its weights are missing")
     return model.to(device).eval().requires_grad_(False), processor
 
 
 def load_tokenizer(folder):
     import transformers
-    with common.reading(f"--clip {folder}", "the tokenizer that --clip words wrote is not there, "
-                        "or damaged: put back the run's own folder"):
+    with common.reading(f"--clip {folder}", "the tokenizer that --clip words wrote is missing "
+                        "or damaged: restore the run's own folder"):
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -172,10 +172,10 @@ class TextEncoder:
             self.dim = config.hidden_size
             positions = getattr(config, "max_position_embeddings", None) or 77
         if self.tokenizer.pad_token is None:
-            raise UserError(f"--clip {path}: it reads one text at a time, no batches; a CLIP, T5 "
-                            "or BERT does")
+            raise UserError(f"--clip {path}: it reads one text at a time, not batches: use a CLIP, "
+                            "T5 or BERT")
         self.warned = True                              # the text below is nobody's caption
-        with common.reading(f"--clip {path}", "its tokenizer files do not fit: copy them again"):
+        with common.reading(f"--clip {path}", "its tokenizer files do not match: copy them again"):
             # as in CLIP: the U-ViT has a position for each token, and captions are short
             self.length = min(77, positions, self.tokenizer.model_max_length)
             if self.length < 1:
@@ -248,13 +248,13 @@ class LLMEncoder:
         config = self.model.config.get_text_config()
         layers = config.num_hidden_layers
         if not -layers - 1 <= layer <= layers:
-            raise UserError(f"--llm-layer {layer}: {path} has the layers 0 (the embeddings) to "
+            raise UserError(f"--llm-layer {layer}: {path} has layers 0 (the embeddings) to "
                             f"{layers}, or -1 (the last) to {-layers - 1}")
         self.layer = layer
         self.dim = config.hidden_size
         # tokenizers without a limit name a huge one; 4096 tokens are enough for a prompt
         positions = getattr(config, "max_position_embeddings", None) or 4096
-        with common.reading(f"--llm {path}", "its tokenizer files do not fit: copy them again"):
+        with common.reading(f"--llm {path}", "its tokenizer files do not match: copy them again"):
             self.length = min(self.tokenizer.model_max_length, positions, 4096)
         self.pad = self.tokenizer.pad_token_id
         if self.pad is None:                            # as in Llama's tokenizer
@@ -268,7 +268,7 @@ class LLMEncoder:
             ids_a, ids_7, alone = self.tokenizer(prompts).input_ids
             self.prefix = min(len(os.path.commonprefix([ids_a, ids_7])), len(alone) - 1)
             if self.prefix >= self.length:
-                raise UserError(f"--instruction has {self.prefix} tokens, of which {path} reads "
+                raise UserError(f"--instruction has {self.prefix} tokens, but {path} reads only "
                                 f"{self.length}: no prompt would be read")
         self.identity = common.fingerprint(self.model, f"{instruction}{layer % (layers + 1)}")
 
@@ -342,7 +342,7 @@ class AestheticScorer:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()
                   if tensor.isfinite().all()}
         if shapes != {"weight": (1, clip.dim), "bias": (1,)}:
-            raise UserError(f"--scorer {path} is no linear head on the features of {clip.path}: "
+            raise UserError(f"--scorer {path} is not a linear head on the features of {clip.path}: "
                             f"expected weight (1, {clip.dim}) and bias (1,), without nan")
         self.clip = clip
         self.weight = tensors["weight"][0].float().to(clip.device)

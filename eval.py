@@ -50,8 +50,8 @@ class Inception:
         with open(path, "rb") as file:
             print(f"inception: {path}, SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
         self.device = device
-        with common.reading(f"--inception {path}", "it is no TorchScript file that gives features "
-                            "(B, D) of images uint8 (B, 3, H, W)"):
+        with common.reading(f"--inception {path}", "it is not a TorchScript file that gives "
+                            "features (B, D) of images uint8 (B, 3, H, W)"):
             self.network = torch.jit.load(path, map_location=device).eval()
             arguments = [argument.name for argument in self.network.forward.schema.arguments]
             # StyleGAN's file gives classes unless it is asked for features
@@ -137,7 +137,7 @@ def quality(pipeline, dataset, samples, clip, inception, sampling, workers=None)
     clip: a `ClipScorer`; inception: an `Inception`, or None; sampling: for `pipeline.generate`.
     """
     if min(samples, len(dataset)) < 2:
-        raise UserError(f"{samples} generated and {len(dataset)} real images are too few: take 2")
+        raise UserError(f"{samples} generated and {len(dataset)} real images: take at least 2")
     y, y_inception, y_captions = extract_features(real_images(dataset, workers), clip, inception)
     captions = []
     for i in range(samples):
@@ -168,7 +168,7 @@ def measure_quality(args, pipeline, data, title):
     path = args.clip_model or pipeline.cfg.clip
     if not args.clip_model and Path(path).name == "words":
         raise UserError("--quality: the run learned its own word embeddings, which see no images: "
-                        "name a CLIP by --clip-model")
+                        "name a CLIP with --clip-model")
     clip = encoders.ClipScorer(path, pipeline.device)
     inception = Inception(args.inception, pipeline.device) if args.inception else None
     figures = quality(pipeline, dataset, samples, clip, inception,
@@ -177,30 +177,30 @@ def measure_quality(args, pipeline, data, title):
     rows += [[name, f"{value:.5g}"] for name, value in figures.items()]
     common.print_table(rows, f"{title}; against {data}; CLIP: {clip.path}")
     if samples < 10_000:
-        print("distances of few images come out too high: compare them at equal numbers only")
+        print("distances are too high for few images: compare them at equal numbers only")
     return figures
 
 
 # -------------------------------------------------------------------------------------------- main
 def add_flags(parser):
     sample.add_run_flags(parser)
-    parser.add_argument("--data", help="take captions from here (default: the run's own data)")
+    parser.add_argument("--data", help="data to take captions from (default: the run's)")
     parser.add_argument("--samples", type=common.positive,
                         help="images to generate (default 2048; with --quality 30 000, or all "
-                             "validation captions if they are fewer); with --by-noise scenes to "
-                             "look at (512)")
+                             "validation captions if fewer); with --by-noise, scenes to look "
+                             "at (512)")
     parser.add_argument("--out", help="folder of results.json (default: the run's)")
     sample.add_sampling_flags(parser)
     measures = parser.add_mutually_exclusive_group()
     measures.add_argument("--by-noise", action="store_true",
-                          help="the loss with right and wrong captions by noise level, instead")
+                          help="instead: the loss with right and wrong captions by noise level")
     measures.add_argument("--quality", action="store_true",
-                          help="CLIP score, CMMD and FID instead")
-    group = parser.add_argument_group("of --quality")
+                          help="instead: CLIP score, CMMD and FID")
+    group = parser.add_argument_group("for --quality")
     group.add_argument("--clip-model", help="CLIP to measure with, a folder or a name on the hub "
                                             "(default: the one whose text model the run uses)")
     group.add_argument("--inception", help="TorchScript file such as inception-2015-12-05.pt, for "
-                                           "FID; its code is run: know where it comes from")
+                                           "FID; its code is run: use only one you trust")
     group.add_argument("--workers", type=common.natural, help="processes that read images")
 
 
@@ -208,7 +208,7 @@ def check_flags(parser, args):
     """Refuses flags that the chosen measure does not use."""
     if not args.quality:
         of_quality = ("clip_model", "inception", "workers")
-        common.refuse_flags(parser, args, of_quality, "it belongs to --quality")
+        common.refuse_flags(parser, args, of_quality, "it needs --quality")
     if args.by_noise:
         of_sampling = ("sample_steps", "guidance", "guidance_interval", "sampler",
                        "negative_prompt")
@@ -231,7 +231,7 @@ def main():
         figures = measure_quality(args, pipeline, data, f"{name}, {how}")
     elif args.by_noise:
         found = by_noise.measure(pipeline, data, args.samples or 512, args.noise_seed)
-        figures = by_noise.report(found, f"{name}: captions right and wrong, by noise level",
+        figures = by_noise.report(found, f"{name}: right and wrong captions, by noise level",
                                   folder / "by_noise.png")
     else:
         figures, table = judge.accuracy(

@@ -119,7 +119,7 @@ class Config:
             score_batch=(1, 2**20), keep=(0, 1), beta=(1e-9, 1e9), real=(0, 1),
             rounds=(1, 1000), rank=(1, 10**6))
         if "{prompt}" not in self.instruction or "{label}" not in self.instruction:
-            raise UserError("--instruction must have {prompt} and {label} in it")
+            raise UserError("--instruction must contain {prompt} and {label}")
 
 
 PRESETS = {
@@ -482,14 +482,14 @@ def load_chosen(cfg, folder):
     """What `save_chosen` kept, if it was chosen with these settings: images uint8 (M, 3, H, W)."""
     common.check_settings(folder, cfg)
     path = folder / "chosen.pt"
-    with common.reading(path, "delete it, then its images are chosen anew"):
+    with common.reading(path, "delete it, then its images are chosen again"):
         chosen = torch.load(path, weights_only=True)
         images = chosen["images"]
         rejected = chosen["rejected"]
         prompts = chosen["prompts"]
         side = images.shape[-1]
         if not images.shape == rejected.shape == (len(prompts), 3, side, side):
-            raise ValueError("images and prompts do not fit together")
+            raise ValueError("images and prompts do not match")
         " ".join(prompts)                            # raises if one is not a string
         return images.byte(), rejected.byte(), prompts
 
@@ -560,7 +560,7 @@ def grade(cfg, tuned, rewards, data, folder, samples):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", action="store_true",
-                        help="all rounds; on the toy world, a table of what was gained")
+                        help="run all rounds; on the toy world, print what was gained")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
     common.add_training_flags(parser, "run folder (default runs/fine_rewards)", QUICK)

@@ -44,7 +44,7 @@ def as_seen(image):
     # only the value: ImageOps.exif_transpose also rewrites the EXIF, which fails if it is damaged
     turn = TURNS.get(image.getexif().get(0x0112))
     if image.mode in ("F", "I"):                        # it is unknown which number is white
-        raise ValueError("grey of 32 bits or floating point (HDR): convert it to 8 bits")
+        raise ValueError("32-bit or floating-point grey (HDR): convert it to 8 bits")
     if image.mode.startswith("I;16"):                   # grey of 16 bits
         grey = np.array(image, np.int64)
         grey[grey == image.info.get("transparency", -1)] = 65535
@@ -52,7 +52,7 @@ def as_seen(image):
     if image.has_transparency_data:
         worker = torch.utils.data.get_worker_info()
         if worker is None or worker.id == 0:
-            say_once("\nimages with transparency are put on a white ground")
+            say_once("\ntransparent images are put on a white background")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     image = image.convert("RGB")
@@ -148,7 +148,7 @@ def read_coco(root, split):
     """One split of COCO captions, as `Captions`."""
     found = sorted((root / "annotations").glob(f"captions_{split}20??.json"))
     if not found:
-        raise UserError(f"no captions_{split}2017.json or captions_{split}2014.json is in "
+        raise UserError(f"no captions_{split}2017.json or captions_{split}2014.json in "
                         f"{root}/annotations/")
     folders = {path: root / path.stem.removeprefix("captions_") for path in found}
     with_images = [path for path in found if folders[path].is_dir()]
@@ -157,7 +157,7 @@ def read_coco(root, split):
     content = common.read_json(annotations)
     files = find_files(folder)
     data = Captions()
-    with common.reading(annotations, "it must be a captions_*.json of COCO, not instances_*.json"):
+    with common.reading(annotations, "expected a captions_*.json of COCO, not instances_*.json"):
         captions = {}
         for annotation in content["annotations"]:
             own = captions.setdefault(str(annotation["image_id"]), [])
@@ -183,13 +183,13 @@ def read_folder(folder, files):
         elif suffix.lower() == ".txt":
             texts[stem] = path
         else:
-            data.leave_out(suffix or "of no ending", path.name)
+            data.leave_out(suffix or "with no extension", path.name)
     for name, path in images.items():
         text = texts.get(os.path.splitext(name)[0])
         captions = common.read_text(text).splitlines() if text else []
         data.add(path, captions, {"file_name": path.relative_to(folder).as_posix()})
     for stem in sorted(texts.keys() - {os.path.splitext(name)[0] for name in images}):
-        data.leave_out(".txt beside no image", texts[stem].name)
+        data.leave_out(".txt with no image", texts[stem].name)
     return data
 
 
@@ -262,8 +262,8 @@ class CaptionedImages(torch.utils.data.Dataset):
             if not items:
                 raise UserError(
                     f"--data {root}: no image with a caption for the {split} split"
-                    f"{data.describe()}; expected MS-COCO with annotations/, or a.txt beside a.jpg "
-                    "(not a.jpg.txt or a.caption), or metadata.jsonl (not .csv) with lines "
+                    f"{data.describe()}; expected MS-COCO with annotations/, or a.txt next to "
+                    "a.jpg (not a.jpg.txt or a.caption), or metadata.jsonl (not .csv) with lines "
                     '{"file_name": "a.jpg", "text": ...}')
             say_once(f"{root}: {len(items):,} images for {split}{data.describe()}")
         self.items = items                              # [(path, [captions], annotation), ...]
@@ -299,7 +299,7 @@ class CaptionedImages(torch.utils.data.Dataset):
             except BrokenImage as error:
                 broken = str(error)
                 i = rng.randrange(len(self))
-        raise UserError(f"twenty images in a row could not be read; of the last one: {broken}")
+        raise UserError(f"twenty images in a row could not be read; the last one: {broken}")
 
 
 class ResumableBatchSampler:
@@ -348,7 +348,7 @@ def load_batches(dataset, lists, workers=None, world_size=1):
         cores = (os.cpu_count() or 1) // world_size
         workers = 0 if dataset.in_memory else min(8, max(1, cores))
     if not 0 <= workers <= 256:
-        raise UserError(f"--workers {workers}: choose 0 to 256")
+        raise UserError(f"--workers {workers}: expected 0 to 256")
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=lists, collate_fn=collate, num_workers=workers)
     for images, captions, broken in loader:
@@ -373,7 +373,7 @@ def batches(dataset, batch_size, start, stop, seed, workers=None, rank=0, world_
         broken |= reasons
         if len(broken) > 0.01 * len(dataset):
             raise UserError(f"{len(broken)} of {len(dataset):,} images cannot be read, more than "
-                            f"1 % (one: {min(broken)}): mend or remove them")
+                            f"1 % (such as {min(broken)}): fix or remove them")
         yield images, captions
     if broken:
         print(f"{len(broken)} images could not be read and were replaced")
@@ -387,7 +387,7 @@ def to_float(images):
 def to_uint8(x):
     """float [-1, 1] (B, 3, H, W) -> numpy uint8 (B, H, W, 3)."""
     if not x.isfinite().all():                          # they would be drawn black
-        raise UserError("the network gives nan, no images: its weights are damaged, or too large "
+        raise UserError("the network gives nan, not images: its weights are damaged, or too large "
                         "for this precision: try --precision fp32")
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.permute(0, 2, 3, 1).cpu().numpy()

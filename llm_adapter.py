@@ -290,7 +290,7 @@ def best_items(cfg, data, size):
         raise UserError(
             f"--quality {cfg.quality} --quality-split {cfg.quality_split}: {error}: stage 3 takes "
             "images from that split, and their scores from a field of its annotations or from a "
-            "JSON file; --stages 2 does without") from None
+            "JSON file; --stages 2 skips it") from None
     ranked = sorted(items, key=lambda item: -scores[item[2]["file_name"]])
     return ranked[:max(1, round(cfg.best * len(items)))]
 
@@ -361,7 +361,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
         (folder / "results.json").unlink(missing_ok=True)
     later = folder / f"stage{max(stages) + 1}"
     if args.resume and later.exists():              # <folder> is a copy of the last stage
-        raise UserError(f"--stages {max(stages)}: {later}/ is there already: leave --stages out")
+        raise UserError(f"--stages {max(stages)}: {later}/ already exists: leave --stages out")
     model = new_model(cfg, base, llm, captions, adapter_class)
 
     for n in stages:
@@ -404,15 +404,15 @@ def new_model(cfg, base, llm, captions, adapter_class):
 def load_pipeline(path, device, precision, **changes):
     """The pipeline of a run folder or a .safetensors file in one; changes: to base settings."""
     if "clip" in changes:
-        raise UserError("--clip plays no part here: the text encoder of this run is its LLM")
+        raise UserError("--clip has no effect here: the text encoder of this run is its LLM")
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
     uvit_cfg = common.read_config(uvit_fusion.Config, folder, "uvit.json")
     uvit_cfg = dataclasses.replace(uvit_cfg, **changes)
     llm = encoders.LLMEncoder(cfg.llm, cfg.llm_layer, cfg.instruction, device, precision)
     if llm.identity != cfg.llm_identity:
-        raise UserError(f"{folder}/ was trained with another language model than {cfg.llm} is now: "
-                        "put back its own")
+        raise UserError(f"{cfg.llm} is not the language model that {folder}/ was trained with: "
+                        "restore that one")
     model = make_model(cfg, uvit_cfg, llm).requires_grad_(False)
     common.load_into(model, common.read_weights(weights, f"checkpoint {weights}"), weights)
     text_encoder = AdaptedEncoder(llm, model["adapter"], precision)
@@ -438,13 +438,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", action="store_true",
                         help="run the stages and, on the toy world, draw and grade prompts in four "
-                             "languages and at length")
+                             "languages and long ones")
     parser.add_argument("--stages", type=int, choices=(1, 2, 3), default=3,
-                        help="how many stages to run, from the first on (default all)")
+                        help="how many stages to run, from the first (default all)")
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
-                        help="sampling steps of a graded image (default %(default)s)")
+                        help="sampling steps per graded image (default %(default)s)")
     parser.add_argument("--font", help="font file for the grids: the default lacks Chinese")
     common.add_training_flags(parser, "run folder (default runs/llm_adapter)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
@@ -455,7 +455,7 @@ def main():
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
         common.refuse_flags(parser, args, ["sample_steps", "font"],
-                            "it belongs to the toy world")
+                            "it is only for the toy world")
     folder = Path(args.out or "runs/llm_adapter")
     common.check_run(folder, args)
     args.font = common.load_font(args.font)         # a bad file fails here, not after training

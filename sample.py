@@ -37,12 +37,12 @@ def load_run(path, device="auto", precision="auto", **changes):
     """
     folder, _ = common.run_files(path)
     if not (folder / "config.json").is_file():
-        raise UserError(f"there is no run in {folder}/ (no config.json): train one first, "
-                        "python uvit_fusion.py --train")
+        raise UserError(f"there is no run in {folder}/ (no config.json): train one first "
+                        "(python uvit_fusion.py --train)")
     config = common.read_json(folder / "config.json")
     method = config.get("method")
     if method not in METHODS:
-        raise UserError(f"{folder}/config.json names the method {method!r}, which is none of "
+        raise UserError(f"{folder}/config.json names the method {method!r}, not one of "
                         f"{', '.join(METHODS)}")
     device = common.pick_device(device)
     precision = common.pick_precision(precision, device)
@@ -76,7 +76,7 @@ def add_run_flags(parser):
     parser.add_argument("--clip", help="text encoder, a folder or a name on the hub (default: the "
                                        "run's; with --weights CLIP ViT-L/14)")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile, for many images on a GPU: a minute first")
+                        help="torch.compile, for many images on a GPU (takes a minute)")
     common.add_device_flags(parser)
 
 
@@ -108,16 +108,16 @@ def output_folder(args):
 # ---------------------------------------------------------------------------------------- sampling
 def add_sampling_flags(parser):
     parser.add_argument("--sample-steps", type=common.positive, default=25,
-                        help="network evaluations an image (default %(default)s)")
+                        help="network evaluations per image (default %(default)s)")
     parser.add_argument("--guidance", type=common.finite,
                         help="w of uncond + w (cond - uncond), 1: none (default: the run's)")
     parser.add_argument("--guidance-interval", type=common.finite, nargs=2,
                         metavar=("LOW", "HIGH"),
-                        help="guide only where t / T lies within (default: the run's)")
+                        help="guide only at t / T in this range (default: the run's)")
     parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"),
                         help="dpm: DPM-Solver++ 2M (default: the run's)")
     parser.add_argument("--negative-prompt", default="",
-                        help="text that takes the place of the empty prompt in guidance")
+                        help="text to use in place of the empty prompt in guidance")
     parser.add_argument("--noise-seed", type=common.whole, default=0,
                         help="seed of the noise that images start from (default %(default)s)")
 
@@ -151,7 +151,7 @@ def varied_args(parser, args):
                         "its values")
     field = name.replace("-", "_")
     if getattr(args, field) != parser.get_default(field):
-        raise UserError(f"--{name}: its values are those of --vary, leave it out")
+        raise UserError(f"--{name}: --vary sets its values, leave it out")
     # parsed like the flag itself, so a wrong value gets the same message
     return [parser.parse_args([f"--{name}", value], copy.copy(args)) for value in values]
 
@@ -192,20 +192,20 @@ def generate_rows(rows, prompts, trajectory):
 # ------------------------------------------------------------------------------------------- main
 def add_flags(parser):
     parser.add_argument("prompts", nargs="*", help="prompts in quotes")
-    parser.add_argument("--file", help="text file with one prompt a line")
+    parser.add_argument("--file", help="text file with one prompt per line")
     parser.add_argument("--per-prompt", type=common.positive, default=1,
                         help="images for each prompt (default %(default)s)")
-    parser.add_argument("--adapter", help="run of sur_adapter.py, put behind the text encoder")
+    parser.add_argument("--adapter", help="run of sur_adapter.py, used after the text encoder")
     parser.add_argument("--trajectory", action="store_true",
-                        help="show the predicted x_0 at every step, one row an image; with --out "
-                             "NAME.gif, one after the other")
+                        help="show the predicted x_0 at every step, one row per image; with --out "
+                             "NAME.gif, as a film")
     parser.add_argument("--vary", nargs="+", metavar=("FLAG", "VALUE"),
                         help="a row of images for each value of a flag, all from the same noise: "
                              f"{', '.join(VARIED)}")
     parser.add_argument("--out", help="file of the grid (default: samples/prompts.png in the run)")
     parser.add_argument("--singles", action="store_true",
-                        help="also write each image to a file of its own, beside the grid")
-    parser.add_argument("--font", help="font file for the prompts, for other scripts than Latin")
+                        help="also write each image to its own file, next to the grid")
+    parser.add_argument("--font", help="font file for prompts in non-Latin scripts")
     add_run_flags(parser)
     add_sampling_flags(parser)
 
@@ -225,7 +225,7 @@ def main():
     if out.suffix.lower() not in image_data.IMAGE_SUFFIXES:
         raise UserError(f"--out {out}: name an image file, such as {out}.png")
     if args.trajectory and args.vary:
-        raise UserError("--trajectory and --vary: a row would be an image and a value: choose one")
+        raise UserError("--trajectory and --vary both need the rows: choose one")
     font = common.load_font(args.font)
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     columns = args.per_prompt if args.per_prompt > 1 else None   # a row per prompt

@@ -409,7 +409,7 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
-                        help="sampling steps of a graded image (default %(default)s)")
+                        help="sampling steps per graded image (default %(default)s)")
     common.add_training_flags(parser, "run folder (default runs/sur_adapter)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
     args = common.parse_args(parser, QUICK)
@@ -418,7 +418,7 @@ def main():
         return
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
-        common.refuse_flags(parser, args, ["sample_steps"], "it belongs to the toy world")
+        common.refuse_flags(parser, args, ["sample_steps"], "it is only for the toy world")
     folder = Path(args.out or "runs/sur_adapter")
     common.check_run(folder, args)
     base, data, llm, cfg = prepare(cfg, args)

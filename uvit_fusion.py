@@ -130,14 +130,14 @@ class Config:
 
     def __post_init__(self):
         if self.autoencoder and self.clip_x0:
-            raise UserError("--autoencoder: latents leave [-1, 1], so the network must be trained "
+            raise UserError("--autoencoder: latents exceed [-1, 1]: the network must be trained "
                             "with --no-clip-x0")
         common.check_bounds(
             self, channels=(1, 1000), patch=(1, 10**6), dim=(2, 10**6), depth=(0, 1000),
             caption_blocks=(0, 1000), accumulate=(1, 2**20), latent_scale=(1e-6, 1e6),
             noise_first=(0, 1))
         if self.size < 1 or self.size % self.patch:
-            raise UserError(f"--size {self.size} is no multiple of --patch {self.patch}")
+            raise UserError(f"--size {self.size} is not a multiple of --patch {self.patch}")
         if self.dim % self.heads or self.dim % 2:
             raise UserError(f"--dim {self.dim} must be even and a multiple of --heads {self.heads}")
         if self.depth % 2 or not 0 <= self.image_blocks <= self.depth // 2:
@@ -145,7 +145,7 @@ class Config:
                             f"{self.image_blocks} at most half of it")
         check_interval(self.guidance_interval)
         if self.batch_size % self.accumulate:
-            raise UserError(f"--batch-size {self.batch_size} is no multiple of --accumulate "
+            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --accumulate "
                             f"{self.accumulate}")
 
     def muon_names(self):
@@ -533,7 +533,7 @@ class Diffusion:
         trajectory: a list that receives the predicted x_0 of every step.
         """
         if not 1 <= steps <= self.T:
-            raise UserError(f"--sample-steps {steps}: choose 1 to {self.T}")
+            raise UserError(f"--sample-steps {steps}: expected 1 to {self.T}")
         timesteps = torch.linspace(self.T, 0, steps + 1).round().long()
         previous = None
         for t, t_next in zip(timesteps[:-1], timesteps[1:]):
@@ -714,7 +714,7 @@ def make_pipeline(cfg, text_encoder, tensors, name, precision):
     if (text_encoder.dim, text_encoder.length) != (cfg.text_dim, cfg.text_length):
         raise UserError(
             f"{name} reads text of {cfg.text_length} tokens x {cfg.text_dim}, but {cfg.clip} gives "
-            f"{text_encoder.length} x {text_encoder.dim}: put back its own text encoder")
+            f"{text_encoder.length} x {text_encoder.dim}: restore its own text encoder")
     device = text_encoder.device
     model = UViT(cfg).to(device).eval().requires_grad_(False)
     common.load_into(model, tensors, name)
@@ -799,7 +799,7 @@ def join_processes(cfg):
     if world_size == 1:
         return 0, 1
     if cfg.batch_size % (world_size * cfg.accumulate):
-        raise UserError(f"--batch-size {cfg.batch_size} cannot be shared by {world_size} "
+        raise UserError(f"--batch-size {cfg.batch_size} cannot be split over {world_size} "
                         f"processes x --accumulate {cfg.accumulate}")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -840,7 +840,7 @@ def compile_network(network, device, wanted=None, cuda_graph=True):
         # with symbolic sizes a second network in one process failed in PyTorch 2.11
         return torch.compile(network, mode=mode, dynamic=False)
     except Exception as error:                                   # compilers fail in many ways
-        print(f"torch.compile does not work here, so it goes on without ({common.say_why(error)})")
+        print(f"torch.compile does not work here, continuing without it ({common.say_why(error)})")
         return network
 
 
@@ -942,7 +942,7 @@ def add_flags(parser):
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions to grade (default %(default)s)")
     parser.add_argument("--validation-samples", type=common.natural, default=512,
-                        help="others that are graded ten times meanwhile (default %(default)s)")
+                        help="others, graded ten times during training (default %(default)s)")
     parser.add_argument("--workers", type=common.natural, help="processes that read images")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile, which needs a C++ compiler (default: on a GPU)")

@@ -155,7 +155,7 @@ def plant(exercise, hunks, root):
             count += body.count(old)
             sources[file] = replace_body(sources[file], name, body.replace(old, new))
         if count != 1:
-            raise Slip(f"{exercise.number} in TEACHERS.md: not once in the functions: {old!r}")
+            raise Slip(f"{exercise.number} in TEACHERS.md: not exactly once in the code: {old!r}")
     return sources
 
 
@@ -163,11 +163,11 @@ def plant(exercise, hunks, root):
 def copy_project(out, hidden=()):
     """Copies the tracked files into a new folder."""
     if out.exists():
-        raise Slip(f"{out} is there already: name a new folder")
+        raise Slip(f"{out} already exists: name a new folder")
     try:
         names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
     except subprocess.CalledProcessError:
-        raise Slip("git lists the files to copy: make and grade work in a clone") from None
+        raise Slip("make and grade need a git clone: git lists the files to copy") from None
     for name in names:
         if not name.startswith(hidden):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,7 @@ def run_tests(copy, tests, limit):
     except subprocess.TimeoutExpired:
         raise Slip(f"stopped after {limit} s") from None
     except (OSError, ElementTree.ParseError):
-        raise Slip("the code ended the process before the tests were over") from None
+        raise Slip("the code ended the process before the tests finished") from None
     finally:
         with contextlib.suppress(ProcessLookupError, AttributeError):   # Windows has no groups
             os.killpg(process.pid, signal.SIGKILL)                      # and what it has started
@@ -263,7 +263,7 @@ def grade_exercise(submission, exercise, limit):
 def grade(submission, exercises, path=None, limit=120):
     """Prints a line for each exercise, and writes Gradescope's JSON."""
     if not submission.is_dir():
-        raise Slip(f"{submission} is no folder")
+        raise Slip(f"{submission} is not a folder")
     tests = []
     for exercise in exercises:
         if exercise.graded:
@@ -286,7 +286,7 @@ def pack():
     with zipfile.ZipFile("weights.zip", "w") as file:
         for path in paths:
             file.write(path, path.relative_to(ROOT))
-    print("weights.zip: to be unpacked in the project's folder")
+    print("weights.zip: unpack it in the project's folder")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -306,10 +306,10 @@ def parse_args():
     grade.add_argument("submission", type=Path, help="the folder with the student's files")
     grade.add_argument("exercises", **numbers)
     grade.add_argument("--json", help="write Gradescope's results to this file")
-    prove = actions.add_parser("prove", help="prove that the tests take right code only")
+    prove = actions.add_parser("prove", help="prove that the tests accept only right code")
     prove.add_argument("exercises", **numbers)
     prove.add_argument("--json", action="store_true", help="write course/results.json")
-    actions.add_parser("pack", help="write weights.zip, trained weights")
+    actions.add_parser("pack", help="write trained weights to weights.zip")
     return parser.parse_args()
 
 

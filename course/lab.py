@@ -155,7 +155,7 @@ def main():
     parser.add_argument("what", choices=("spiral", "perfect"))
     args = parser.parse_args()
     {"spiral": show_spiral, "perfect": show_perfect}[args.what]()
-    print(f"as a picture: {OUT / args.what}.png")
+    print(f"drawn: {OUT / args.what}.png")
 
 
 if __name__ == "__main__":

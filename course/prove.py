@@ -73,7 +73,7 @@ def round_trips(file, name):
 def find_faults(exercise, blocks):
     """What is wrong with an exercise, a line each; blocks: its wrong blocks."""
     functions = exercise.functions
-    faults = [f"{name} does not come back as it was" for file, name in functions
+    faults = [f"{name} does not survive the round trip" for file, name in functions
               if not round_trips(file, name)]
     reasons = run_tests(exercise.tests)
     faults += [f"{test} does not pass" for test in exercise.tests if any(reasons[test])]

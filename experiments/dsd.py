@@ -260,7 +260,7 @@ def load_for_grading(args):
 def grade(parser, args):
     """Scores the groups of a file, of ComVG or of retrieval, and prints a table."""
     if not args.retrieval:
-        common.refuse_flags(parser, args, ["pool_size"], "it belongs to --retrieval")
+        common.refuse_flags(parser, args, ["pool_size"], "it needs --retrieval")
     matcher = load_for_grading(args)
     name = args.groups or args.retrieval
     if args.groups:
@@ -354,7 +354,7 @@ def compare_tasks(pipeline, count, matchers):
     heading = ["right, %", "ten texts, R@1", "R@5", "swapped: text", "image", "group"]
     widest = 1.96 * 50 * count**-0.5                             # the interval where 50 % are right
     common.print_table([heading, *rows.values()],
-                       f"other tasks, {count} groups each, +- {widest:.0f} at the most")
+                       f"other tasks, {count} groups each, +- {widest:.0f} at most")
     return figures
 
 
@@ -365,8 +365,8 @@ def compare(args):
     pipeline = tuned.pipeline
     # a run that was not tuned has no base_identity
     if not cfg.base_identity or cfg.data != "shapes" or cfg.score != "attention":
-        raise UserError(f"{args.run}/: name a run that was tuned on the toy world by the attention "
-                        "score: there, and beside it, the rivals are graded")
+        raise UserError(f"{args.run}/: name a run that was tuned on the toy world with the "
+                        "attention score: the rivals are graded there, next to it")
     begin = time.time()
     candidates = dsd.Candidates(dsd.labelled_groups(cfg, pipeline), pipeline)
     clip = encoders.ClipScorer(pipeline.cfg.clip, pipeline.device)
@@ -388,7 +388,7 @@ def compare(args):
 # -------------------------------------------------------------------------------------------- main
 def add_grade_flags(parser):
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--groups", help="groups of a file: RefCOCOg, VQA, Winoground")
+    task.add_argument("--groups", help="file of groups: RefCOCOg, VQA, Winoground")
     task.add_argument("--comvg", nargs=2, metavar=("CSV", "FOLDER"),
                       help="ComVG's pairs of images: its file, and the folder of the images")
     task.add_argument("--retrieval", help="find texts for images and images for texts: "
@@ -396,7 +396,7 @@ def add_grade_flags(parser):
     parser.add_argument("--pool-size", type=common.positive, default=50,
                         help="--retrieval: number of images (default %(default)s)")
     parser.add_argument("--score", choices=("attention", "denoising", "itm", "hybrid"),
-                        help="default: what the run was tuned for; denoising and itm are of the "
+                        help="default: what the run was tuned for; denoising and itm use the "
                         "network before tuning, in its own units")
     parser.add_argument("--times", type=common.positive, nargs=2,
                         help="lowest and highest t (default: the run's; denoising and itm 10 990)")
@@ -413,7 +413,7 @@ def main():
     of_compare.add_argument("--others", type=common.positive, default=128,
                             help="groups of each other task (default %(default)s)")
     of_compare.add_argument("--run", default="runs/dsd", help="tuned run (default %(default)s)")
-    of_compare.add_argument("--overwrite", action="store_true", help="tune the hybrid anew")
+    of_compare.add_argument("--overwrite", action="store_true", help="tune the hybrid again")
     of_grade = experiments.add_parser("grade", help="any groups of candidates, by any score")
     of_grade.add_argument("--run", default="runs/dsd", help="tuned run; or one of uvit_fusion.py "
                           "or fine_rewards.py, graded zero-shot (default %(default)s)")

@@ -269,7 +269,7 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out captions or images (default %(default)s)")
     parser.add_argument("--first", type=common.natural, default=0,
-                        help="number of the first of them (2048: to choose settings by)")
+                        help="number of the first of them (2048: for choosing settings)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS),
                         help="compare: those to train (default: all)")
     parser.add_argument("--seeds", type=common.positive, default=1,
@@ -282,7 +282,7 @@ def main():
         common.refuse_flags(parser, args, ["real"], "each variant has its own")
     cfg = common.make_config(Config, PRESETS, args)
     if cfg.data != "shapes":
-        raise UserError("--data: the judge knows the toy world only: leave it out")
+        raise UserError("--data: the judge knows only the toy world: leave it out")
     folder = Path(args.out or f"runs/rewards_{args.experiment}")
     EXPERIMENTS[args.experiment](cfg, args, folder)
 

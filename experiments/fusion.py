@@ -97,7 +97,7 @@ def compare(args, device, precision):
     common.write_results(folder, figures)
     curves = {name: mean_curve(runs) for name, runs in results.items()}
     common.plot(curves, folder / "curves.png", "step", "held-out captions right, %")
-    print(f"accuracy against steps, as a picture: {folder / 'curves.png'}")
+    print(f"accuracy against steps, plotted: {folder / 'curves.png'}")
     draw_variants(folder, list(variants), data, device, precision)
 
 
@@ -212,7 +212,7 @@ def draw_variants(folder, names, data, device, precision):
     texts = [""] * 8 * (len(names) - 1) + captions                        # below the last row
     path = folder / "samples" / "variants.png"
     common.image_grid(images, texts, path, columns=8, titles=names)
-    print(f"the same captions and noise, a row a variant: {path}")
+    print(f"the same captions and noise, a row per variant: {path}")
 
 
 # --------------------------------------------------------------------------------------------- cost
@@ -369,7 +369,7 @@ def single_changes(device, precision):
     rows = [["ms", "without", "with"]]
     for name in ("muon", "text", "attention"):
         rows.append([name, figures[f"{name}_without_ms"], figures[f"{name}_ms"]])
-    common.print_table(rows, "Muon's many matrices in one product, kept features of captions, "
+    common.print_table(rows, "Muon's many matrices in one product, cached caption features, "
                        f"the faster attention: one change at a time, {common.machine()}")
     return figures
 
@@ -504,7 +504,7 @@ def analyse(args, device, precision):
     curves = {"effective rank": list(zip(numbers, ranks.mean(1))),
               "share of attention x 10": list(zip(numbers, 10 * shares))}
     common.plot(curves, folder / "attention_rank.png", "block", "text-to-image attention")
-    print(f"as a picture: {folder / 'attention_rank.png'}")
+    print(f"plotted: {folder / 'attention_rank.png'}")
 
 
 # -------------------------------------------------------------------------------------------- steps
@@ -528,7 +528,7 @@ def steps_curve(args, device, precision):
     folder, _ = common.run_files(args.run)
     common.plot(curves, folder / "steps.png", "network evaluations", "held-out captions right, %")
     common.write_results(folder, figures)
-    print(f"as a picture: {folder / 'steps.png'}")
+    print(f"plotted: {folder / 'steps.png'}")
 
 
 EXPERIMENTS = {"compare": compare, "cost": cost, "analyse": analyse, "steps": steps_curve}

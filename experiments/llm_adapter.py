@@ -213,8 +213,8 @@ def probe(args):
         rows.append([layer, *(figures[f"layer{layer}_{name}"] for name in table),
                      figures[f"layer{layer}_asked_ci"]])
     common.write_results(Path(args.out or "runs/llm_probe"), figures)
-    common.print_table(rows, f"% right, on {args.samples} held-out scenes, {len(alone)} of them of "
-                       "one group")
+    common.print_table(rows, f"% right, on {args.samples} held-out scenes, {len(alone)} of them "
+                       "with one group")
 
 
 # ----------------------------------------------------------------------------- unseen languages
@@ -237,7 +237,7 @@ def unseen_languages(args):
             figures |= common.percent(label + name, right)
             row += [figures[label + name], figures[f"{label}{name}_ci"]]
         rows.append(row)
-    common.print_table(rows, f"{args.run}: {args.samples} scenes, in languages of no training pair")
+    common.print_table(rows, f"{args.run}: {args.samples} scenes, languages with no training pair")
     common.write_results(folder, figures)
 
 
@@ -249,7 +249,7 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
-                        help="sampling steps of a graded image (default %(default)s)")
+                        help="sampling steps per graded image (default %(default)s)")
     common.add_training_flags(parser, "compare, probe: folder (default runs/llm_<action>)")
     common.add_config_flags(parser, Config, PRESETS)
     args = parser.parse_args()

@@ -116,7 +116,7 @@ def words(args, device, precision):
     args.clip = "words"
     pipeline, folder = train(args, "runs/words", device, precision)
     figures, table = judge.accuracy(pipeline, toy.prepare("shapes", "words"))
-    judge.print_accuracy(figures, table, f"{folder}: word embeddings in the place of the tiny CLIP")
+    judge.print_accuracy(figures, table, f"{folder}: word embeddings in place of the tiny CLIP")
     common.write_results(folder, {
         "emoji_clip_free_all": figures["all"], "emoji_clip_free_all_ci": figures["all_ci"]})
 

@@ -113,7 +113,7 @@ def main():
     parser.add_argument("--samples", type=common.positive, default=2048,
                         help="held-out prompts of each kind to grade (default %(default)s)")
     parser.add_argument("--sample-steps", type=common.positive, default=10,
-                        help="sampling steps of a graded image (default %(default)s)")
+                        help="sampling steps per graded image (default %(default)s)")
     common.add_training_flags(parser, "folder of the runs (default runs/sur_<action>)")
     common.add_config_flags(parser, Config, PRESETS)
     compare(parser.parse_args())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# of tiny tensors, where threads that wait for each other only cost time
+# with tiny tensors, threads that wait for each other only cost time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -52,7 +52,7 @@ def clip_folder(tmp_path_factory):
 
 
 def make_llm(folder, seed=0):
-    """The folder of a Llama of random weights, in the real format: 16 features, 2 layers."""
+    """The folder of a Llama with random weights, in the real format: 16 features, 2 layers."""
     import torch
     from transformers import LlamaConfig, LlamaModel
 
@@ -135,8 +135,8 @@ def save_run(pipeline, folder):
 
 
 class Painter:
-    """Stands for a pipeline: of its prompts, one for each of the first scenes of the validation
-    split, it draws those that it knows, and nothing for others."""
+    """Stands in for a pipeline: of its prompts, one for each of the first scenes of the validation
+    split, it draws those it knows, and nothing for the others."""
     def __init__(self, known, data, clip_folder):
         import torch
 
@@ -189,7 +189,7 @@ def run(script, *flags, cwd):
 
 
 def refused(result, *words):
-    """Claims that a run ended with status 2 and one line of error, which holds these words."""
+    """Asserts that a run ended with status 2 and a one-line error that contains these words."""
     status, _, errors = result
     assert status == 2, errors
     lines = [line for line in errors.splitlines() if ": error: " in line]

@@ -1,10 +1,10 @@
-"""Damaged files and odd command lines, each of which must end well or in one line of error.
+"""Damaged files and odd command lines, each of which must end well or in a one-line error.
 
     python tests/fuzz.py                       # run by hand: half a minute each, then a table
     python tests/fuzz.py --seconds 600 --seed 1
 
-A file is damaged in its bytes or, if it is JSON, a table or tensors, in its shape: a key is gone, a
-value is of another type, or huge. The exit status is 1 if anything ended in a traceback.
+A file is damaged in its bytes or, if it is JSON, a table or tensors, in its shape: a key is
+missing, a value is huge or of another type. The exit status is 1 if anything ended in a traceback.
 """
 import argparse
 import collections
@@ -48,7 +48,7 @@ ODD = [None, True, "", "x", "\ud800", "../..", -1, 0, 0.5, 3, 1e300, 10**40, flo
 
 # --------------------------------------------------------------------------------- damaged files
 def damage_bytes(content, rng):
-    """Bytes of which some are changed, gone, doubled or new."""
+    """Bytes, some of them changed, missing, doubled or new."""
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         first = rng.randrange(len(content) + 1)
@@ -61,7 +61,7 @@ def damage_bytes(content, rng):
 
 
 def damage_value(value, rng):
-    """JSON, or a state of tensors, of which one part is gone, doubled or of another kind."""
+    """JSON, or a state of tensors, with one part missing, changed or replaced."""
     if isinstance(value, torch.Tensor) and rng.random() < 0.5:
         return rng.choice((value[None], value.flatten()[:-1], value.double(), value * torch.nan))
     if isinstance(value, (dict, list, tuple)) and len(value) and rng.random() < 0.9:
@@ -114,7 +114,7 @@ class MeanColour(torch.nn.Module):
 
 
 class Files:
-    """Sound files in a folder, {kind: (path, function that reads it)}."""
+    """Intact files in a folder, {kind: (path, function that reads it)}."""
     def __init__(self, folder, clip):
         self.folder = folder
         self.clip = clip
@@ -296,7 +296,7 @@ def attempt(action, report):
 
 
 def fuzz_files(files, seconds, rng, only=""):
-    """{kind: Counter of outcomes}; each kind gets its turn until the time is over."""
+    """{kind: Counter of outcomes}; the kinds take turns until the time is over."""
     outcomes = collections.defaultdict(collections.Counter)
     reports = collections.defaultdict(list)
     kinds = {kind: value for kind, value in files.kinds.items() if only in kind}
@@ -304,7 +304,7 @@ def fuzz_files(files, seconds, rng, only=""):
     while kinds and time.time() < end:
         for kind, (path, read) in kinds.items():
             sound = path.read_bytes()
-            if kind in outcomes:                     # the first time it is as it was
+            if kind in outcomes:                     # undamaged the first time
                 damage_file(path, rng)
             signal.alarm(20)
             outcome = attempt(read, reports[kind])
@@ -322,7 +322,7 @@ TEXTS = ["", "x", "nowhere", "/dev/null", ".", "data", "a.png", "\udcff", "\u00e
          "groups.jsonl", "meta"]
 
 
-# whoever asks for many of them shall wait
+# many of them may take long
 MANY = ["steps", "samples", "per_prompt", "prompts", "rounds", "candidates"]
 
 
@@ -363,7 +363,7 @@ def base_commands(folder, clip):
 
 
 def actions_of(script, folder):
-    """The flags that a script knows, but for --compile, which takes minutes."""
+    """The flags that a script knows, except --compile, which takes minutes."""
     found = []
 
     def stop(parser):
@@ -382,7 +382,7 @@ def actions_of(script, folder):
 
 
 def odd_flag(action, rng):
-    """A flag with a value that a user, or a slip of the fingers, may give it."""
+    """A flag with a value that a user may give it, even by a typo."""
     if action.nargs == 0:
         return [rng.choice(action.option_strings)]
     count = action.nargs if isinstance(action.nargs, int) else 1
@@ -402,7 +402,7 @@ def fuzz_commands(commands, folder, seconds, rng):
     while time.time() < end:
         for script, flags in commands.items():
             odd = []
-            if script in outcomes:                   # the first time all is well
+            if script in outcomes:                   # no odd flag the first time
                 for action in rng.sample(actions[script], rng.choice((1, 1, 2))):
                     odd += odd_flag(action, rng)
             signal.alarm(30)
@@ -438,21 +438,21 @@ def print_outcomes(title, outcomes, reports, shown):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30, help="for each of the two parts")
-    parser.add_argument("--seed", type=int, default=0, help="of what is damaged, and how")
-    parser.add_argument("--only", default="", help="kinds of files, or \"commands\"")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is damaged and how")
+    parser.add_argument("--only", default="", help="kinds of files or \"commands\"")
     parser.add_argument("--show", type=int, default=1, help="tracebacks of each kind to print")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, give_up)
-    memory = 16 * 2**30                              # what is huge shall not take all of it
+    memory = 16 * 2**30                              # huge values must not take it all
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         clip = make_clip(folder / "clip")
         files = Files(folder, clip)
-        encoder = files.pipeline.text_encoder        # to load it each time would take too long
+        encoder = files.pipeline.text_encoder        # loading it each time would take too long
         with mock.patch.object(encoders, "TextEncoder", lambda *_: encoder):
             found = fuzz_files(files, args.seconds, rng, args.only)
         failures = print_outcomes("damaged files", *found, args.show)

@@ -1,12 +1,12 @@
-"""Trainings that are killed at random moments, then resumed; run by hand: some minutes.
+"""Trainings that are killed at random moments, then resumed; run by hand: a few minutes.
 
     python tests/kills.py                                # 20 kills of each method
     python tests/kills.py --kills 100 --only dsd.py --seed 1
 
 A process trains a tiny network and is killed (SIGKILL, as by a power cut or a lack of memory). What
-it leaves must be whole: checkpoints, pictures, JSON. Then it goes on, until it is killed again. In
-the end its folder must hold what a training leaves that nothing disturbed, to the last bit. The
-exit status is 1 if one does not.
+it leaves must be intact: checkpoints, pictures, JSON. Then it resumes until it is killed again. In
+the end its folder must hold exactly what an undisturbed training leaves, to the last bit. The exit
+status is 1 if one does not.
 """
 import argparse
 import json
@@ -41,13 +41,13 @@ STEPS = {
 
 
 def start(script, flags, cwd):
-    """Runs main() of a script in a process of its own; returns its id."""
+    """Runs main() of a script in its own process; returns its id."""
     process = os.fork()
     if process:
         return process
     status = 1
     try:
-        # many more checkpoints than in earnest, so that some kills fall into their writing
+        # many more checkpoints than usual, so that some kills hit while one is written
         common.Run.due = lambda run, step: step % 2 == 0 or step == run.steps
         status, _, errors = run(script, *flags, cwd=cwd)
         if status:
@@ -57,7 +57,7 @@ def start(script, flags, cwd):
 
 
 def finish(process, seconds=None):
-    """Waits for the end of a process, or kills it after some seconds; returns whether it did."""
+    """Waits for a process to end, or kills it after some seconds; returns whether it did."""
     end = time.monotonic() + (seconds or 1e9)
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -116,7 +116,7 @@ def commands(folder):
     # a lock that another thread holds when the process is forked stays locked in the new one
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
-    # tqdm's own lock is shared by all processes: who is killed while holding it locks out the rest
+    # tqdm's own lock is shared by all processes: one killed while holding it locks out the rest
     tqdm.set_lock(threading.RLock())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     clip = make_clip(folder / "clip")
@@ -127,9 +127,9 @@ def commands(folder):
 
 
 def kill_and_resume(script, flags, folder, kills, rng):
-    """Trains until `kills` moments have fallen into trainings; returns how many came to their end.
+    """Trains until `kills` kills have hit a training; returns how many trainings finished.
 
-    Each of these must leave the bits of one that nothing disturbed.
+    Each of these must leave the same bits as an undisturbed one.
     """
     begin = time.monotonic()
     assert not finish(start(script, [*flags, "--out", "whole"], folder))
@@ -149,7 +149,7 @@ def kill_and_resume(script, flags, folder, kills, rng):
             continue
         found = contents(folder / "killed")
         differ = [name for name in expected | found if expected.get(name) != found.get(name)]
-        assert not differ, f"not as in an undisturbed training: {differ}"
+        assert not differ, f"differs from an undisturbed training: {differ}"
         trained += 1
         checkpoint = False
         shutil.rmtree(folder / "killed")
@@ -158,8 +158,8 @@ def kill_and_resume(script, flags, folder, kills, rng):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="of each method")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each method")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--only", default="", help="one script")
     args = parser.parse_args()
     rng = random.Random(args.seed)

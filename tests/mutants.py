@@ -1,8 +1,8 @@
 """Wrong lines, and whether the tests notice them; run by hand: python tests/mutants.py [module]
 
-For each, the new text takes the place of the old one in the code of a function, and a file of tests
-runs until one fails: the mutant is caught. None needs more than some seconds. The exit status is 1
-if fewer than 95 % are caught.
+For each, the new text replaces the old one in the code of a function, and a file of tests runs
+until one fails: the mutant is caught. None takes more than a few seconds. The exit status is 1 if
+fewer than 95 % are caught.
 """
 import contextlib
 import importlib
@@ -94,7 +94,7 @@ MUTANTS = {
          'q = rearrange(q, "b n (h d) -> b h n d"', 'q = rearrange(q, "b n (d h) -> b h n d"'),
         ("logits without the bias", "uvit_fusion.Attention.forward",
          "qk if bias is None else qk + bias", "qk"),
-        ("relu in the place of gelu", "uvit_fusion.MLP.forward", "F.gelu", "F.relu"),
+        ("relu in place of gelu", "uvit_fusion.MLP.forward", "F.gelu", "F.relu"),
         ("context not normed", "uvit_fusion.Block.forward",
          "context = self.norm1(context)", "context = context"),
         ("no residual around attention", "uvit_fusion.Block.forward",
@@ -134,7 +134,7 @@ MUTANTS = {
          "skips.pop(), context", "skips.pop(self.image_blocks), context"),
         ("image blocks take skips first in, first out", "uvit_fusion.UViT.denoise",
          "self.run_block(block, x, skips.pop())", "self.run_block(block, x, skips.pop(0))"),
-        ("patches dropped in the place of text", "uvit_fusion.UViT.denoise",
+        ("patches dropped in place of text", "uvit_fusion.UViT.denoise",
          "x[:, 1 + length:]", "x[:, 1:x.shape[1] - length]"),
         ("no last norm", "uvit_fusion.UViT.denoise", "self.norm(x[:, 1:])", "x[:, 1:]"),
         ("the time token taken for a patch", "uvit_fusion.UViT.denoise",

@@ -19,7 +19,7 @@ from autoencoder import Autoencoder, Latents, sample_latents
 
 
 def randomized(model):
-    """With noise on every parameter, so that no two of them can be taken for each other."""
+    """With noise on every parameter, so that no two of them can be confused."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -35,7 +35,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def tiny():
-    """As little as the norms allow: two resolutions, one block each; factor 2."""
+    """As small as the norms allow: two resolutions, one block each; factor 2."""
     torch.manual_seed(0)
     return randomized(Autoencoder((32, 32), blocks=1))
 
@@ -163,7 +163,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("what, words", [
-    ("nothing", "no file"), ("a cut off file", "cut off"), ("code", "holds code"),
+    ("nothing", "no file"), ("a cut off file", "cut off"), ("code", "contains code"),
     ("another model", "another model"), ("a wrong shape", "another model"),
     ("a tensor too many", "another model")])
 def test_a_bad_file_is_refused_and_its_code_never_runs(tiny, tmp_path, monkeypatch, what, words):
@@ -283,7 +283,7 @@ def test_names_may_be_absolute_and_a_link_to_nothing_is_a_broken_image(tmp_path,
     root.mkdir()
     lines = []
     for i in range(120):
-        path = tmp_path / f"{i}.png"                       # outside of the data's folder
+        path = tmp_path / f"{i}.png"                       # outside the data's folder
         Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
         lines.append(json.dumps({"file_name": str(path), "text": f"picture {i}"}))
     (root / "metadata.jsonl").write_text("\n".join(lines))

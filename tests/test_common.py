@@ -107,7 +107,7 @@ def test_batches_of_processes_need_no_shared_memory(coco, monkeypatch):
 
 
 class Dying(CaptionedImages):
-    """A data set whose images cost the process that reads them its life, or are all broken."""
+    """A data set whose images kill the process that reads them, or are all broken."""
     killed = True
 
     def image(self, i):
@@ -125,7 +125,7 @@ def test_a_process_that_dies_or_finds_no_image_ends_the_run_with_one_line(coco, 
                 lambda data=dataset: list(image_data.load_all(data, 4, "images", workers=1)))
         lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
         assert end.value.code == 2 and len(lines) == 1 and f"error: {words}" in lines[0]
-    with pytest.raises(UserError, match="--workers -1: choose"):
+    with pytest.raises(UserError, match="--workers -1: expected"):
         list(image_data.load_all(dataset, 4, "images", workers=-1))
 
 
@@ -141,7 +141,7 @@ def test_a_jpeg_may_be_large_grey_for_print_or_turned_by_a_camera(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (3, 5, 3), dtype=np.uint8)
     photo = Image.fromarray(pixels).resize((328, 200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
-    exif[0x0112] = 6                                             # shown turned by a quarter
+    exif[0x0112] = 6                                             # shown turned by 90 degrees
     photo.save(tmp_path / "RGB.jpg")
     photo.convert("L").save(tmp_path / "L.jpg")
     photo.convert("CMYK").save(tmp_path / "CMYK.jpg")
@@ -158,12 +158,12 @@ def test_a_jpeg_may_be_large_grey_for_print_or_turned_by_a_camera(tmp_path):
     ("RGB", "png")])
 def test_what_hides_under_clear_pixels_is_not_seen(tmp_path, capsys, mode, ending):
     image_data.say_once.cache_clear()
-    pixels = np.zeros((16, 16, 4), np.uint8)                     # black under clear pixels
+    pixels = np.zeros((16, 16, 4), np.uint8)                     # black where transparent
     pixels[4:12, 4:12] = (153, 153, 153, 255)
     image, options = Image.fromarray(pixels), {}
     if ending == "webp":
         options = {"lossless": True, "exact": True}
-    if mode in ("P", "RGB"):                                     # one colour stands for clear
+    if mode in ("P", "RGB"):                                     # one colour is transparent
         image = image.convert("RGB").convert(mode)
         options = {"transparency": image.getpixel((0, 0))}
     image.convert(mode).save(tmp_path / f"a.{ending}", **options)
@@ -171,7 +171,7 @@ def test_what_hides_under_clear_pixels_is_not_seen(tmp_path, capsys, mode, endin
         found = image_data.load_image(tmp_path / f"a.{ending}", 16)
     expected = np.where(pixels[..., 3:], pixels[..., :3], 255)
     assert np.abs(found.astype(int) - expected).max() <= 2
-    assert capsys.readouterr().out.count("white ground") == 1    # said once
+    assert capsys.readouterr().out.count("white background") == 1    # said once
 
 
 def test_grey_of_16_bits_is_scaled_and_what_has_no_scale_is_refused(tmp_path):
@@ -182,7 +182,7 @@ def test_grey_of_16_bits_is_scaled_and_what_has_no_scale_is_refused(tmp_path):
         assert np.array_equal(found, np.repeat(grey[..., None] // 257, 3, -1))
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(grey.astype(np.int32) // 300).save(tmp_path / "int.tif")
-    for name, words in (("float.tif", "HDR"), ("int.tif", "32 bits")):
+    for name, words in (("float.tif", "HDR"), ("int.tif", "32-bit")):
         with pytest.raises(image_data.BrokenImage, match=f"{name} .*{words}"):
             image_data.load_image(tmp_path / name, 16)
 
@@ -237,11 +237,11 @@ def test_hidden_files_are_skipped_and_what_is_left_out_is_told(tmp_path, capsys)
     datasets = [CaptionedImages(root, split, 8) for split in ("train", "val", "val")]
     assert len(datasets[0]) + len(datasets[1]) == 43             # 40, new.gif, new.TIF, upper.png
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2                                       # one a split, said once
+    assert len(lines) == 2                                       # one per split, printed once
     for line, dataset in zip(lines, datasets):
         assert line.startswith(f"{root}: {len(dataset)} images for ")
         for part in ("1 .heic (photo.heic)", "1 .caption (c.caption)", "4 without a caption (bare",
-                     "1 .txt beside no image (d.png.txt)"):
+                     "1 .txt with no image (d.png.txt)"):
             assert part in line
         assert "Dir" not in line and "._" not in line
 
@@ -313,7 +313,7 @@ def test_other_layouts_are_refused_with_the_way_out(tmp_path, name):
         CaptionedImages(tmp_path, "vall", 8)
     write_image(tmp_path / "a.jpg")
     (tmp_path / name).write_text("file_name,text\na.jpg,a caption\n")
-    with pytest.raises(UserError, match=f"{name}.*a.txt beside a.jpg .*metadata.jsonl"):
+    with pytest.raises(UserError, match=f"{name}.*a.txt next to a.jpg .*metadata.jsonl"):
         CaptionedImages(tmp_path, "train", 8)
 
 
@@ -329,7 +329,7 @@ def test_coco_is_read_as_people_have_it(coco, capsys):
         image["file_name"] = name
     (coco / "train2017" / "000000000003.jpg").rename(coco / "train2017" / "\u00e9.jpg")
     path.write_text(json.dumps(content))
-    # the captions of 2014, whose images are not there, are passed over, and so is the newer 2018
+    # captions of 2014 and, though newer, of 2018 are skipped: their images are not there
     for year in ("2014", "2018"):
         (coco / "annotations" / f"captions_train{year}.json").write_text("{}")
     dataset = CaptionedImages(coco, "train", 16)
@@ -412,7 +412,7 @@ def test_a_tokenizer_that_reads_no_tokens_is_refused(clip_folder, tmp_path):
     folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
     config = common.read_json(folder / "tokenizer_config.json")
     common.write_json(folder / "tokenizer_config.json", config | {"model_max_length": 0})
-    with pytest.raises(UserError, match="it reads no tokens: its tokenizer files do not fit"):
+    with pytest.raises(UserError, match="it reads no tokens: its tokenizer files do not match"):
         encoders.TextEncoder(folder)
     config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None}
     common.write_json(folder / "tokenizer_config.json", config)
@@ -424,7 +424,7 @@ def test_features_of_captions_are_kept_if_they_fit_into_memory(clip_folder, monk
     plain = encoders.TextEncoder(clip_folder)
     encoder = encoders.TextEncoder(clip_folder)
     memory = 3 * 4 * encoder.length * encoder.dim
-    encoder.keep(["a", "man", "a", "red"], memory)               # with "", a caption too many
+    encoder.keep(["a", "man", "a", "red"], memory)               # with "", one caption too many
     assert encoder.kept is None
     encoder.keep(["a", "man", "a"], memory)
     encoded = []
@@ -452,7 +452,7 @@ LLMS = {  # class of transformers: its settings, and what its tokenizer makes of
 
 @pytest.fixture(scope="module")
 def llms(tmp_path_factory):
-    """The folders of language models of random weights, by their class."""
+    """The folders of language models with random weights, by class."""
     import transformers
     folders = {}
     for kind, (sizes, template) in LLMS.items():
@@ -478,7 +478,7 @@ def test_an_llm_gives_the_states_of_each_text_as_if_it_were_alone(llms, kind):
             expected = encoder.model(ids if len(ids[0]) else torch.zeros(1, 1).long())[0][0]
         assert mask[i].sum() == len(expected) and mask[i, :len(expected)].all()
         assert torch.allclose(features[i, :len(expected)], expected, atol=1e-4)
-    assert mask[4].all()                             # cut off where the model ends
+    assert mask[4].all()                             # cut off at the model's limit
 
 
 @pytest.mark.parametrize("kind", LLMS)
@@ -486,13 +486,13 @@ def test_an_instruction_is_read_and_cut_off_again(llms, kind):
     text = "two red circles"
     plain, _ = LLMEncoder(llms[kind])([text])
     told, mask = LLMEncoder(llms[kind], instruction="a man on a horse ")([text, "a"])
-    begin = LLMS[kind][1].startswith("<|start|>")    # it stands before the instruction
+    begin = LLMS[kind][1].startswith("<|start|>")    # a token before the instruction
     assert told.shape[1] == plain.shape[1] - begin and mask[0].all()
     assert (told[0] - plain[0, begin:]).abs().amax(-1).min() > 0.01   # every token has read it
-    with pytest.raises(UserError, match="--instruction has .* tokens, of which .* reads 64"):
+    with pytest.raises(UserError, match="--instruction has .* tokens, but .* reads only 64"):
         LLMEncoder(llms[kind], instruction="horse " * 100)
     features, mask = LLMEncoder(llms[kind], instruction="describe:")([""])
-    assert features.shape == (1, 1, 32) and mask.all()   # something is left of no text at all
+    assert features.shape == (1, 1, 32) and mask.all()   # even no text leaves a token
 
 
 def test_layers_count_from_the_embeddings_to_the_last(llms):
@@ -540,7 +540,7 @@ def test_word_embeddings_are_learned_with_the_network(tmp_path, capsys, caplog):
              "--device", "cpu", "--out", "run", *TINY)
     status, output, errors = run(*flags, cwd=tmp_path)
     assert status == 0, errors
-    # of these captions none is too long
+    # none of these captions is too long
     assert "cut off" not in output and "longer than" not in caplog.text
 
     encoder = encoders.TextEncoder(tmp_path / "run" / "words")
@@ -573,7 +573,7 @@ def test_a_tokenizer_that_is_made_up_or_of_another_model_is_refused(llms, clip_f
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("tokenizer*"))
         with pytest.raises(UserError, match="own tokenizer files .* in tokenizer/"):
             loader(folder)
-    pairs = [f"{a}{b}" for a in "abcdefgh" for b in "ijklmnop"]              # 64 further tokens
+    pairs = [f"{a}{b}" for a in "abcdefgh" for b in "ijklmnop"]              # 64 more tokens
     train_tokenizer(pairs, 600, 64).save_pretrained(folder)
     with pytest.raises(UserError, match="the model has 300 tokens, its tokenizer [34]"):
         LLMEncoder(folder)
@@ -650,10 +650,10 @@ class Refusal(http.server.BaseHTTPRequestHandler):
 
 def test_without_a_network_the_hub_is_asked_once_and_the_cache_is_read(monkeypatch):
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-    with socket.create_server(("127.0.0.1", 0)) as silent:       # takes calls, answers none
+    with socket.create_server(("127.0.0.1", 0)) as silent:       # accepts, never answers
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert not encoders.hub_answers(seconds=0.2)
-    with pytest.raises(UserError, match="--llm some/model .*connect"):    # closed now
+    with pytest.raises(UserError, match="--llm some/model .*connect"):    # now closed
         LLMEncoder("some/model")
     assert hub.HF_HUB_OFFLINE
     with http.server.HTTPServer(("127.0.0.1", 0), Refusal) as server:
@@ -675,7 +675,7 @@ def test_lora_begins_as_nothing_and_merges_into_the_weights():
         expected = before["qkv.weight"] + trained["B"] @ trained["A"]
     assert torch.linalg.matrix_rank(trained["B"] @ trained["A"]) == 3
     assert torch.allclose(model["qkv"].weight, expected)
-    with pytest.raises(UserError, match="rank 13 is more .* 12 at most"):
+    with pytest.raises(UserError, match="rank 13 is above .* at most 12"):
         common.add_lora(torch.nn.ModuleDict({"qkv": torch.nn.Linear(12, 20)}), rank=13)
     merged = common.merge_lora(model).state_dict()
     torch.testing.assert_close(merged, before | {"qkv.weight": expected})
@@ -717,7 +717,7 @@ def test_matrices_of_all_shapes_are_orthogonalised_in_one_product():
 
 
 def test_muon_orthogonalises_in_the_precision_that_it_is_given():
-    """In bf16 a CPU without AVX-512 took 1766 ms a step of the toy network, in fp32 44."""
+    """A CPU without AVX-512 took 1766 ms per step of the toy network in bf16, 44 in fp32."""
     gradient = torch.randn(8, 12)
     moved = {}
     for precision in (torch.float32, torch.bfloat16):
@@ -746,7 +746,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 class Code:
-    """In a pickle, it would make the folder `ran` when it is read."""
+    """In a pickle, it would create the folder `ran` when read."""
     def __reduce__(self):
         return os.mkdir, ("ran",)
 
@@ -777,7 +777,7 @@ def test_weights_are_read_and_code_beside_them_is_never_run(tmp_path, monkeypatc
     for name in ("a.safetensors", "a.pth", "ema.pt"):
         torch.testing.assert_close(common.read_weights(name, "weights"), tensors)
     torch.save({"weight": Code()}, "code.pth")
-    with pytest.raises(UserError, match="code.pth holds code"):
+    with pytest.raises(UserError, match="code.pth contains code"):
         common.read_weights("code.pth", "code.pth")
     assert not os.path.exists("ran")
     for name in ("a.safetensors", "a.pth"):
@@ -816,7 +816,7 @@ def test_the_comment_behind_a_setting_is_the_help_of_its_flag(capsys, tmp_path):
     assert common.make_config(Config, PRESETS, parser.parse_args([])) == Config()
     own_data = argparse.Namespace(preset=None, data="photographs")
     assert common.make_config(Config, PRESETS, own_data) == Config()
-    presets = PRESETS | {"pictures": {"width": 16}}  # taken by itself for data of one's own
+    presets = PRESETS | {"pictures": {"width": 16}}  # the default for one's own data
     assert common.make_config(Config, presets, own_data) == Config(width=16)
     presets["quick"] = {"width": 8}                      # with --quick, for the toy world
     quick = argparse.Namespace(preset=None, quick=True)
@@ -869,9 +869,9 @@ def test_quick_changes_the_defaults_and_no_flag_that_is_given(tmp_path, monkeypa
 
 # ----------------------------------------------------------------------------------- a run folder
 def train(folder, cfg=None, resume=False, overwrite=False, precision="fp32", events=(), data=None):
-    """A training as every method has it, of one weight, to which each step adds its number.
+    """A training as in every method, of one weight, to which each step adds its number.
 
-    events: {step: function(model) that is called in it}; data: the folder of its data.
+    events: {step: function(model) to call at that step}; data: the folder of its data.
     """
     cfg = cfg or Config()
     model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
@@ -918,7 +918,7 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, c
     with pytest.raises(SystemExit) as stopped:
         train(tmp_path / "run", events={step: ctrl_c})
     assert stopped.value.code == 130
-    assert f"stopped after step {step}; to go on: the same" in capsys.readouterr().out
+    assert f"stopped after step {step}; to continue: the same" in capsys.readouterr().out
     assert torch.load(tmp_path / "run" / "state.pt")["step"] == step
     assert train(tmp_path / "run", resume=True) == 1275
 
@@ -952,7 +952,7 @@ def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(
 
     def fill(model):
         monkeypatch.setattr(f"common.{writer}", fail)
-    with pytest.raises(UserError, match=f"cannot be written: .*of step {whole} is whole"):
+    with pytest.raises(UserError, match=f"cannot be written: .*of step {whole} is intact"):
         train(tmp_path / "run", Config(steps=60), events={45: fill})
     monkeypatch.undo()
     assert train(tmp_path / "run", Config(steps=60), resume=True) == 1830
@@ -970,7 +970,7 @@ class Constant:
 
 def test_a_run_goes_on_with_more_steps_where_its_rate_is_constant(tmp_path):
     train(tmp_path / "run", Constant(steps=40))
-    with pytest.raises(UserError, match="begun with steps = 40, now it is 30"):
+    with pytest.raises(UserError, match="started with steps = 40, now it is 30"):
         train(tmp_path / "run", Constant(steps=30), resume=True)
     assert train(tmp_path / "run", Constant(steps=50), resume=True) == 1275
     assert common.read_config(Constant, tmp_path / "run").steps == 50
@@ -980,7 +980,7 @@ def test_a_run_goes_on_with_more_steps_where_its_rate_is_constant(tmp_path):
 
 def test_a_run_whose_noise_depends_on_its_length_keeps_it(tmp_path):
     train(tmp_path / "run", Constant(steps=40, noise_first=0.5))
-    with pytest.raises(UserError, match="begun with steps = 40, now it is 50"):
+    with pytest.raises(UserError, match="started with steps = 40, now it is 50"):
         train(tmp_path / "run", Constant(steps=50, noise_first=0.5), resume=True)
 
 
@@ -992,7 +992,7 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_are(tmp_path, monkeypatc
     train("run", Constant(data="data"), data="data")
     for path in ("./data", str(tmp_path / "data"), "moved"):
         assert train("run", Constant(data=path), resume=True, data=path) == 1275
-    with pytest.raises(UserError, match="begun with data = moved, now it is changed"):
+    with pytest.raises(UserError, match="started with data = moved, now it is changed"):
         train("run", Constant(data="changed"), resume=True, data="changed")
 
 
@@ -1002,7 +1002,7 @@ def test_what_a_run_needs_is_found_around_it(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     common.write_json(folder / "config.json", {"data": "models/clip"})
     assert common.read_config(Constant, folder).data == str(tmp_path / "models" / "clip")
-    monkeypatch.chdir(tmp_path)                      # found as it is spelled
+    monkeypatch.chdir(tmp_path)                      # found as spelled
     assert common.read_config(Constant, folder).data == "models/clip"
     common.write_json(folder / "config.json", {"data": "openai/clip"})
     assert common.read_config(Constant, folder).data == "openai/clip"
@@ -1040,7 +1040,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     else:
         damage(state)
         torch.save(state, path)
-    with pytest.raises(UserError, match="state.pt: .*it is damaged: start anew with --overwrite"):
+    with pytest.raises(UserError, match="state.pt: .*it is damaged: start over with --overwrite"):
         train_with_adam(tmp_path / "run", resume=True)
 
 
@@ -1059,14 +1059,14 @@ def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--resume: there is no run in run/"):
         common.check_run("run", argparse.Namespace(resume=True, overwrite=False))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out file: it is a file"):
+    with pytest.raises(UserError, match="--out file is a file"):
         common.check_run("file", argparse.Namespace(resume=False, overwrite=True))
     train("run")
-    with pytest.raises(UserError, match="run/ holds a run already: --resume .* --overwrite"):
+    with pytest.raises(UserError, match="run/ already holds a run: --resume .* --overwrite"):
         train("run")
-    with pytest.raises(UserError, match="--resume goes on, --overwrite starts anew: choose one"):
+    with pytest.raises(UserError, match="--resume continues, --overwrite starts over: choose one"):
         common.check_run("run", argparse.Namespace(resume=True, overwrite=True))
-    with pytest.raises(UserError, match="begun with steps = 50, now it is 60"):
+    with pytest.raises(UserError, match="started with steps = 50, now it is 60"):
         train("run", Config(steps=60), resume=True)
     with pytest.raises(UserError, match="trained in fp32, now .* bf16"):
         train("run", resume=True, precision="bf16")
@@ -1151,7 +1151,7 @@ def test_ticks_of_logarithms_are_1_2_and_5_times_powers_of_ten():
 # ------------------------------------------------------------------------------------ the command
 def test_a_slip_is_one_line_with_status_2_and_ctrl_c_has_130(capsys):
     def slip():
-        raise UserError("--size 9 is no multiple of --patch 2")
+        raise UserError("--size 9 is not a multiple of --patch 2")
 
     def stop():
         raise KeyboardInterrupt
@@ -1159,12 +1159,12 @@ def test_a_slip_is_one_line_with_status_2_and_ctrl_c_has_130(capsys):
         with pytest.raises(SystemExit) as end:
             common.entry(main)
         assert end.value.code == status
-    assert capsys.readouterr().err.endswith(": error: --size 9 is no multiple of --patch 2\n")
+    assert capsys.readouterr().err.endswith(": error: --size 9 is not a multiple of --patch 2\n")
     assert common.entry(lambda: 3) == 3
 
 
 class PanicException(BaseException):
-    """As a library in Rust raises it."""
+    """As raised by a Rust library."""
 
 
 def test_whatever_reading_a_file_raises_is_one_line_but_the_wish_to_stop():

@@ -113,7 +113,7 @@ TEACHERS = '''
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A tiny project with a course, in the place of this one."""
+    """A tiny project with a course, in place of this one."""
     root = tmp_path / "project"
     files = {"thing.py": THING, "tests/test_thing.py": TESTS, "course/EXERCISES.md": EXERCISES,
              "course/TEACHERS.md": TEACHERS, ".ci/run": "", "tests/test_course.py": ""}
@@ -185,8 +185,8 @@ def test_an_exercise_is_checked_by_its_own_tests(project, tmp_path, capfd):
 
 @pytest.mark.parametrize("arguments, words", [
     (["check", "2.2"], "2.2 has no tests"), (["check", "3.1"], "1.1, 1.2, 2.1, 2.2"),
-    (["make", "x", "--week", "7"], "1.1, 1.2, 2.1, 2.2"), (["make", "."], "is there already"),
-    (["grade", "nowhere"], "nowhere is no folder"), (["pack"], "uvit_fusion.py --train")])
+    (["make", "x", "--week", "7"], "1.1, 1.2, 2.1, 2.2"), (["make", "."], "already exists"),
+    (["grade", "nowhere"], "nowhere is not a folder"), (["pack"], "uvit_fusion.py --train")])
 def test_a_slip_is_one_line(project, monkeypatch, capsys, arguments, words):
     status, out, errors = call(monkeypatch, capsys, *arguments)
     assert status == 2 and out == ""
@@ -220,7 +220,7 @@ def test_marks_are_the_share_of_an_exercises_tests(project, tmp_path, capsys):
     found = marks(hand_in(tmp_path, code))
     assert found["1.1"] == (4, "1 of 1 tests")
     assert found["1.2"][0] == 1 and found["1.2"][1].startswith("1 of 2 tests; test_start: Assert")
-    assert found["2.1"][0] == 0 and found["2.1"][1].startswith("1 of 2 tests"), "all to be mended"
+    assert found["2.1"][0] == 0 and found["2.1"][1].startswith("1 of 2 tests"), "all or nothing"
     assert set(found) == {"1.1", "1.2", "2.1"}
     assert "1.2  1 of 2  1 of 2 tests" in capsys.readouterr().out
 
@@ -247,7 +247,7 @@ def test_nothing_but_the_named_bodies_counts(project, tmp_path):
 @pytest.mark.parametrize("body, limit, line", [
     ("while True:\n    pass", 4, "stopped after 4 s"),
     ("while True:\n    print('x' * 10_000)", 4, "stopped after 4 s"),
-    ("import os\nos._exit(0)", 60, "the code ended the process before the tests were over"),
+    ("import os\nos._exit(0)", 60, "the code ended the process before the tests finished"),
     ("import sys\nsys.exit(0)", 60, "0 of 1 tests; test_twice: SystemExit"),
     ("import pytest\npytest.skip('no')", 60, "0 of 1 tests; test_twice: "),
     ("open('tests/test_thing.py', 'w').close()\nreturn 7", 60, "0 of 1 tests; test_twice: assert"),
@@ -275,7 +275,7 @@ def test_a_file_that_is_no_code_costs_its_exercises(project, tmp_path, code, lin
 
 # ------------------------------------------------------------------------------------- proving
 def prove_it(project, monkeypatch, capsys):
-    """Status and output of `prove` in the tiny project, whose modules are read anew."""
+    """Status and output of `prove` in the tiny project, whose modules are imported again."""
     monkeypatch.syspath_prepend(project)
     monkeypatch.chdir(project)
     for name in ("thing", "test_thing"):
@@ -317,7 +317,7 @@ def test_what_does_not_hold_is_told(project, monkeypatch, capsys):
 def test_wrong_lines_that_are_not_there_are_told(project, tmp_path):
     text = (project / "course/TEACHERS.md").read_text().replace("-    return x", "-    return 1")
     (project / "course/TEACHERS.md").write_text(text)
-    with pytest.raises(course.Slip, match="2.1 in TEACHERS.md: not once"):
+    with pytest.raises(course.Slip, match="2.1 in TEACHERS.md: not exactly once"):
         course.make(tmp_path / "out", course.choose(["2.1"]), 1)
 
 
@@ -331,7 +331,7 @@ def test_the_perfect_denoiser_leads_every_sampler_to_one_of_its_pictures(sampler
     number, off = lab.nearest(drawn, data)
     assert off.max() < 0.01 and len(number.unique()) > 1
     first = denoiser(torch.randn(16, 3, 8, 8), torch.full((16,), diffusion.T))
-    assert lab.rms(first - data.mean(0)) < 0.01, "at t = T the answer is the mean of all"
+    assert lab.rms(first - data.mean(0)) < 0.01, "at t = T the answer is the mean of all pictures"
 
 
 # ----------------------------------------------------------------------------- the course itself

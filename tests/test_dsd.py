@@ -55,7 +55,7 @@ def groups(world):
 
 
 def make_matcher(pipeline):
-    """A matcher whose tuned parameters are not those that it begins with."""
+    """A matcher whose tuned parameters differ from their initial values."""
     cfg = Config(prompts=2, lora_rank=2, times=(50, 500), evaluations=2)
     matcher = Matcher(cfg, pipeline)
     torch.manual_seed(3)
@@ -221,7 +221,7 @@ def test_the_hybrid_adds_the_fall_of_the_whole_error_of_eps(matcher, monkeypatch
     monkeypatch.setattr(matcher, "attention_logits", attention_logits)
     monkeypatch.setattr(matcher, "attention", lambda *logits: torch.tensor([5.0, 7.0]))
     y, mask = matcher.encode_text(["a man", "two red circles"])
-    fall = 0.2 * (3 * 24 * 24)**0.5                  # 8.31: an L2 norm, no mean of absolute values
+    fall = 0.2 * (3 * 24 * 24)**0.5                  # 8.31: an L2 norm, not a mean absolute value
     expected = torch.tensor([5.0, 7.0]) + fall
     assert_close(matcher(x_0, t, eps, y, mask), expected, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(matcher, "cfg", Config(score="attention"))
@@ -252,7 +252,7 @@ def test_similar_texts_have_most_words_in_common():
              "", "."]
     has_word = dsd.count_words(texts)
     assert has_word.sum(1).tolist() == [3, 3, 2, 5, 2, 0, 0]
-    assert dsd.most_similar_texts(has_word, 0, 40) == [4, 3, 1, 2, 5, 6], "of equals the first"
+    assert dsd.most_similar_texts(has_word, 0, 40) == [4, 3, 1, 2, 5, 6], "of ties, the first"
     assert dsd.most_similar_texts(has_word, 0, count=1) == [4]
     assert dsd.most_similar_texts(has_word, 5, count=40) == [0, 1, 2, 3, 4, 6], "0 / 0 counts as 0"
 
@@ -323,7 +323,7 @@ def test_a_new_matcher_without_prompts_is_zero_shot(matcher, candidates):
 def test_a_network_that_gives_nan_has_no_scores(matcher, candidates):
     damaged = dsd.zero_shot(Config(), matcher.pipeline)
     damaged.uvit.pos_embed.data[0, 0] = math.nan
-    with pytest.raises(common.UserError, match="gives nan, no scores: .*--precision fp32"):
+    with pytest.raises(common.UserError, match="gives nan, not scores: .*--precision fp32"):
         match(damaged, candidates)
 
 
@@ -427,7 +427,7 @@ def test_comvg_is_read_with_the_right_image_anywhere(tmp_path):
 # -------------------------------------------------------------------------------------- the rivals
 @pytest.mark.parametrize("target", ["eps", "v", "x0"])
 def test_errors_are_in_the_units_of_eps_or_in_the_networks_own(target):
-    """A network that knows its target makes none; what one is off by 0.1 means for eps."""
+    """A network that knows its target makes none; an error of 0.1 in it, in units of eps."""
     diffusion = uvit_fusion.Diffusion("cosine", target, clip_x0=False)
     t = torch.tensor([100, 400])
     x_0, eps = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -463,7 +463,7 @@ def test_the_rivals_are_errors_with_and_without_the_text(matcher, candidates, er
 
 
 def test_pruning_drops_what_is_surely_behind_and_spends_less(candidates, monkeypatch):
-    """Wrong candidates of even groups err by far more, those of odd ones differ by chance only."""
+    """Wrong candidates of even groups err far more, those of odd ones differ only by chance."""
     spent = []
 
     def errors(matcher, candidates, bank, error):
@@ -642,24 +642,24 @@ def test_another_base_is_refused(world, tmp_path):
     refused(run("experiments.dsd", "grade", "--groups", "pairs.jsonl", "--run", "run", *CPU,
                 cwd=tmp_path), "run/ was tuned for another network", "--train")
     refused(run("dsd.py", *TUNE, "--resume", "--out", "run", cwd=tmp_path),
-            "run/ was begun with base_identity")
+            "run/ was started with base_identity")
 
 
 @pytest.mark.parametrize("script, flags, words", [
     ("dsd.py", ["nowhere.png", "a", "--run", "run"], ["nowhere.png cannot be read"]),
     ("dsd.py", ["nowhere.png", "--run", "run"], ["texts to rank"]),
     ("dsd.py", ["nowhere.png", "a", " ", "--run", "run"], ["none of them empty"]),
-    ("dsd.py", ["a.png", "a", "--run", "run", "--base", "base"], ["--base plays no part"]),
-    ("dsd.py", ["a.png", "a", "--run", "run", "--resume"], ["--resume plays no part"]),
-    ("dsd.py", [*TUNE, "--out", "new", "--run", "run"], ["--run plays no part"]),
-    ("dsd.py", [*TUNE, "--out", "new", "--samples", 8], ["--samples plays no part"]),
-    ("dsd.py", ["a.jpg", "a man", *TUNE, "--out", "new"], ["one of --train"]),
-    ("dsd.py", [*TUNE, "--out", "run"], ["run/ holds a run already"]),
+    ("dsd.py", ["a.png", "a", "--run", "run", "--base", "base"], ["--base has no effect"]),
+    ("dsd.py", ["a.png", "a", "--run", "run", "--resume"], ["--resume has no effect"]),
+    ("dsd.py", [*TUNE, "--out", "new", "--run", "run"], ["--run has no effect"]),
+    ("dsd.py", [*TUNE, "--out", "new", "--samples", 8], ["--samples has no effect"]),
+    ("dsd.py", ["a.jpg", "a man", *TUNE, "--out", "new"], ["--train or a picture"]),
+    ("dsd.py", [*TUNE, "--out", "run"], ["run/ already holds a run"]),
     ("dsd.py", [*TUNE, "--out", "new", "--times", 500, 50], ["--times 500 50"]),
-    ("dsd.py", [*TUNE, "--out", "new", "--evaluations", 0], ["choose 1 to 1000"]),
+    ("dsd.py", [*TUNE, "--out", "new", "--evaluations", 0], ["expected 1 to 1000"]),
     ("dsd.py", [*TUNE, "--out", "new", "--negatives", 30], ["--negatives 30"]),
     ("dsd.py", [*TUNE, "--out", "new", "--prompts", 0, "--lora-rank", 0, "--no-head-weights"],
-     ["nothing is to be tuned"]),
+     ["there is nothing to tune"]),
     ("dsd.py", [*TUNE, "--out", "new", "--data", "winoground.jsonl"], ["no group with a right"]),
     ("dsd.py", [*TUNE, "--out", "new", "--base", "nowhere"], ["nowhere"]),
     ("experiments.dsd", ["grade", "--groups", "nowhere.jsonl", "--run", "run"], ["nowhere.jsonl"]),

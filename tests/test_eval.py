@@ -76,7 +76,7 @@ def test_the_grade_of_a_snapshot_does_not_replace_that_of_its_run(toy_run):
 
 # ------------------------------------------------------------------------------ loss by noise level
 def words_of(caption, table):
-    """The words of a table of synonyms that a caption has, by their first synonym, sorted."""
+    """The words of a caption that are in a table of synonyms, as first synonyms, sorted."""
     first = {synonym: name for name, synonyms in table.items() for synonym in synonyms}
     return sorted(first[word] for word in caption.replace("s ", " ").rstrip("s").split()
                   if word in first)
@@ -126,7 +126,7 @@ def test_the_rise_of_the_loss_is_a_mean_over_images(tmp_path, capsys):
 def test_losses_by_noise_level_are_a_table_a_picture_and_results(toy_run):
     flags = ["--by-noise", "--samples", 12, "--noise-seed", 3, "--out", "noise", *DEVICE]
     status, out, errors = run("eval.py", *flags, cwd=toy_run)
-    assert status == 0 and "captions right and wrong, by noise level" in out, errors
+    assert status == 0 and "right and wrong captions, by noise level" in out, errors
     found = results(toy_run / "noise")
     assert (toy_run / "noise" / "by_noise.png").exists()
     pipeline = grading.sample.load_run(toy_run / "runs/uvit_fusion", "cpu", "fp32")
@@ -146,10 +146,10 @@ def test_scenes_without_a_relation_have_none_to_change(toy_run, monkeypatch):
 
 @pytest.mark.parametrize("flags, word", [
     (["--by-noise", "--quality"], "not allowed with argument"),
-    (["--by-noise", "--guidance", 2], "--guidance plays no part here"),
-    (["--by-noise", "--sample-steps", 2], "--sample-steps plays no part here"),
-    (["--by-noise", "--workers", 2], "--workers plays no part here: it belongs to --quality"),
-    (["--inception", "some.pt"], "--inception plays no part here: it belongs to --quality"),
+    (["--by-noise", "--guidance", 2], "--guidance has no effect here"),
+    (["--by-noise", "--sample-steps", 2], "--sample-steps has no effect here"),
+    (["--by-noise", "--workers", 2], "--workers has no effect here: it needs --quality"),
+    (["--inception", "some.pt"], "--inception has no effect here: it needs --quality"),
 ])
 def test_a_flag_of_another_measure_is_refused(toy_run, flags, word):
     refused(run("eval.py", *flags, cwd=toy_run), word)
@@ -160,7 +160,7 @@ def test_fid_of_two_normal_distributions_is_the_closed_form(rng):
     a = rng.uniform(0.1, 3, 12)
     b = rng.uniform(0.1, 3, 12)
     shift = rng.normal(size=12)
-    # of the features only mean and covariance count: these have exactly 0 and diag(a^2), and
+    # only mean and covariance of the features count: these have exactly 0 and diag(a^2), and
     # shift and diag(b^2)
     corners = np.concatenate([np.eye(12), -np.eye(12)]) * (23 / 2)**0.5
     x = corners * a
@@ -188,7 +188,7 @@ def test_fid_is_that_of_scipys_matrix_root(rng, count):
 # -------------------------------------------------------------------------------------------- CMMD
 def test_cmmd_is_1000_times_the_squared_mean_discrepancy(rng, monkeypatch):
     x = unit(rng.normal(size=(70, 16)))
-    y = unit(rng.normal(size=(300, 16)) + 1)                     # more than one part of the rows
+    y = unit(rng.normal(size=(300, 16)) + 1)                     # more than one chunk of rows
 
     def mean_kernel(a, b):
         return np.mean([[np.exp(-((p - q)**2).sum() / (2 * 10**2)) for q in b] for p in a])
@@ -203,7 +203,7 @@ def test_cmmd_is_1000_times_the_squared_mean_discrepancy(rng, monkeypatch):
 # -------------------------------------------------------------------------------------- CLIP score
 @pytest.fixture(scope="module")
 def large_clip(tmp_path_factory):
-    """A CLIP of random weights that reads 224 x 224 pixels, as the published ones do."""
+    """A CLIP with random weights that reads 224 x 224 pixels, as the published ones do."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     from toy.models import train_tokenizer
@@ -263,7 +263,7 @@ def test_clip_score_is_between_0_and_2_point_5_and_reads_the_papers_prefix(large
 
 # ----------------------------------------------------------------------------------- image quality
 class StandIn(torch.nn.Module):
-    """For Inception: the mean colours of the quarters, or nothing unless features are asked for."""
+    """For Inception: the mean colours of the quarters, or nothing unless features are wanted."""
     def forward(self, x, return_features: bool = False):
         if x.dtype != torch.uint8 or not return_features:
             return x[:0].float()
@@ -301,7 +301,7 @@ def test_generated_images_are_measured_against_their_captions_and_the_real_image
     figures = grading.quality(pipeline, dataset, 150, clip, network, {"steps": 7})
     items = dataset.items
     captions = [random.Random(i).choice(items[i % 4][1]) for i in range(150)]
-    assert pipeline.prompts == captions                          # four images: they come again
+    assert pipeline.prompts == captions                          # four images: they repeat
     generated = pipeline.generate(captions, batch_size=150, steps=7)
     real = np.stack([image_data.load_image(path, 32) for path, _, _ in items])
     x = clip.images(generated)
@@ -351,7 +351,7 @@ def test_toy_figures_never_bear_the_names_of_real_ones(toy_run, inception):
 def test_word_embeddings_measure_no_images(toy_data):
     pipeline = SimpleNamespace(image_size=24, cfg=SimpleNamespace(clip="runs/mine/words"))
     args = SimpleNamespace(clip_model=None, samples=4)
-    with pytest.raises(common.UserError, match="name a CLIP by --clip-model"):
+    with pytest.raises(common.UserError, match="name a CLIP with --clip-model"):
         grading.measure_quality(args, pipeline, toy_data, "")
 
 
@@ -365,11 +365,11 @@ def test_a_snapshot_has_a_folder_of_its_own():
 
 @pytest.mark.parametrize("flag, value, word", [
     ("--inception", "missing.pt", "missing.pt"),
-    ("--inception", "text.pt", "no TorchScript"),
-    ("--inception", "pickle.pt", "no TorchScript"),
+    ("--inception", "text.pt", "not a TorchScript"),
+    ("--inception", "pickle.pt", "not a TorchScript"),
     ("--inception", "other.pt", "features (B, D)"),
     ("--clip-model", "nowhere", "cannot be loaded as a CLIP"),
-    ("--samples", 1, "too few"),
+    ("--samples", 1, "at least 2"),
 ])
 def test_a_slip_is_one_line_before_anything_is_generated(
         toy_run, inception, tmp_path, monkeypatch, flag, value, word):

@@ -1,4 +1,4 @@
-"""Claims that the exercises in course/ check beside those of the other files; see EXERCISES.md."""
+"""Claims that the exercises in course/ check besides those of other files; see EXERCISES.md."""
 import math
 
 import pytest
@@ -17,7 +17,7 @@ def test_data_of_deviation_1_stay_so_from_no_noise_to_noise_alone(schedule):
     diffusion = Diffusion(schedule)
     generator = torch.Generator().manual_seed(0)
     x_0, eps = torch.randn(2, 4, 3, 64, 64, generator=generator)
-    t = torch.tensor([0, 300, 700, 1000])                 # each image its own
+    t = torch.tensor([0, 300, 700, 1000])                 # one per image
     x_t = diffusion.q_sample(x_0, t, eps)
     assert torch.allclose(x_t[0], x_0[0]), "at t = 0 there is no noise: x_t is x_0"
     deviations = x_t.std((1, 2, 3)).tolist()
@@ -25,7 +25,7 @@ def test_data_of_deviation_1_stay_so_from_no_noise_to_noise_alone(schedule):
     likeness = [torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
                 for a, b in zip(x_t, x_0)]
     assert likeness == pytest.approx(diffusion.abar[t].sqrt().tolist(), abs=0.03), \
-        "x_t and x_0 correlate by sqrt(abar_t)"
+        "the correlation of x_t and x_0 is sqrt(abar_t)"
 
 
 def test_the_last_step_of_the_posterior_leaves_x_0_and_no_noise():
@@ -53,7 +53,7 @@ def test_attention_leaves_out_what_a_bias_of_minus_infinity_hides():
     assert torch.allclose(found, alone, atol=1e-6), "the last two keys are hidden"
     even = uvit_fusion.softmax_attention(0 * q, k, v)
     assert torch.allclose(even, v.mean(2, keepdim=True).expand_as(v), atol=1e-6), \
-        "equal logits take the mean of the values"
+        "equal logits give the mean of the values"
 
 
 def test_a_padding_bias_hides_padding_and_no_key_around_the_text():
@@ -106,7 +106,7 @@ def test_lora_alone_learns_and_its_change_is_of_low_rank():
     common.add_lora(model, rank=2)
     x = torch.randn(16, 8)
     learned = [p for p in model.parameters() if p.requires_grad]
-    assert len(learned) == 4, "A and B of the layers that are named qkv and proj"
+    assert len(learned) == 4, "A and B of the layers named qkv and proj"
     optimizer = torch.optim.SGD(learned, lr=0.1)
     for _ in range(3):
         loss = sum((layer(x) - 1).square().mean() for layer in model.values())
@@ -114,7 +114,7 @@ def test_lora_alone_learns_and_its_change_is_of_low_rank():
         loss.backward()
         optimizer.step()
     after = common.merge_lora(model).state_dict()
-    assert after.keys() == before.keys(), "merged, the names are those of before"
+    assert after.keys() == before.keys(), "after merging, names are as before"
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"qkv.weight", "proj.weight"}
     for name in changed:

@@ -149,7 +149,7 @@ def test_a_finished_variant_is_kept_with_its_curve(tmp_path, toy_data, clip_fold
     assert weights.stat().st_mtime_ns == before and len(graded) == 12
     assert (folder / "v2c0-0" / "graded.json").exists()
     assert (folder / "samples" / "variants.png").exists()
-    refused(run(*command, "early", "--lr", 0.5, cwd=tmp_path), "was begun with lr = 0.001")
+    refused(run(*command, "early", "--lr", 0.5, cwd=tmp_path), "was started with lr = 0.001")
 
 
 def test_costs_are_of_equal_steps(clip_folder):

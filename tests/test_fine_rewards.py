@@ -48,7 +48,7 @@ def test_the_chosen_candidate_has_the_smallest_weighted_sum_of_ranks():
     scores = {"caption": np.array([[0.9, 0.5, 0.1], [0.1, 0.2, 0.3]]),
               "clip": np.array([[0.3, 0.9, 0.8], [0.6, 0.5, 0.4]])}
     assert aggregate_ranks(scores, EQUAL).tolist() == [[2, 1, 3], [2, 2, 2]]
-    assert select_best(scores, EQUAL, keep=1.0)[1].tolist() == [1, 0]       # of equals the first
+    assert select_best(scores, EQUAL, keep=1.0)[1].tolist() == [1, 0]       # of ties, the first
     weights = {"caption": 3.0, "clip": 1.0}
     assert aggregate_ranks(scores, weights).tolist() == [[2, 3, 7], [6, 4, 2]]
     assert select_best(scores, weights, keep=1.0)[1].tolist() == [0, 2]
@@ -99,14 +99,14 @@ def test_each_candidate_is_scored_against_its_own_prompt():
     assert scores["clip"].tolist() == [[1010, 1011, 1012], [3020, 3021, 3022]]
 
 
-# small models of random weights, in the formats of the real ones
+# small models with random weights, in the formats of the real ones
 TRANSFORMER = dict(hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
 
 
 def save(folder, model_class, config, processor, noise=0.2):
     torch.manual_seed(3)
     model = model_class(config)
-    for parameter in model.parameters():    # as initialized most say the same of every image
+    for parameter in model.parameters():    # freshly initialised, most treat all images alike
         parameter.data += noise * torch.randn_like(parameter)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -392,7 +392,7 @@ def test_universal_segmenters_load_without_scipy_and_name_each_segment(
     images = some_images(3, 40)
     finder.SURE = 1.0
     assert finder(images) == [[], [], []]
-    finder.SURE = 0.3                                 # random models are sure of little
+    finder.SURE = 0.3                                 # random models are rarely sure
     outputs = []
     finder.model.register_forward_hook(lambda model, given, output: outputs.append(output))
     found = finder(images)
@@ -580,7 +580,7 @@ def test_dpo_learns_the_best_against_the_worst(world, tmp_path):
 # ------------------------------------------------------------------------------------ a whole run
 @pytest.fixture(scope="module")
 def whole(world, rewards, dataset):
-    """The folder of two rounds that nothing interrupts."""
+    """The folder of two uninterrupted rounds."""
     base = load_base(world)
     raft(small(world), base, rewards, dataset, world / "whole", NEW)
     images = base.generate(PROMPTS, steps=2)
@@ -590,7 +590,7 @@ def whole(world, rewards, dataset):
 def test_a_round_learns_the_best_of_each_prompt_and_from_all_rounds_so_far(
         world, whole, rewards, dataset, tmp_path):
     cfg = small(world)
-    model = load_base(world)                          # the second round begins with the first's
+    model = load_base(world)                          # round 2 begins with that of round 1
     images = []
     prompts = []
     for n in (0, 1):
@@ -637,7 +637,7 @@ def test_real_images_are_learned_from_beside_those_chosen(
     tuned_on = []
     monkeypatch.setattr(fine_rewards, "finetune_lora", lambda *given: tuned_on.append(given[2:4]))
     cfg = small(world, real=0.7, rounds=1)
-    for learn, count in (("sft", 5), ("dpo", 3)):     # 0.7 x 3 beside 3
+    for learn, count in (("sft", 5), ("dpo", 3)):     # 0.7 x 3 besides 3
         shutil.copytree(whole.folder / "round1", tmp_path / learn / "round1")
         cfg = dataclasses.replace(cfg, learn=learn)
         common.write_json(tmp_path / learn / "round1" / "config.json", dataclasses.asdict(cfg))
@@ -708,7 +708,7 @@ def test_images_chosen_before_are_read_if_they_are_whole_and_of_these_settings(
         (folder / name).unlink()
     common.check_run(tmp_path, RESUME)
     for name, value in {"seed": 5, "candidates": 4, "keep": 0.5}.items():
-        with pytest.raises(UserError, match=f"was begun with {name} = "):
+        with pytest.raises(UserError, match=f"was started with {name} = "):
             fine_rewards.load_chosen(small(world, **{name: value}), folder)
     if damage is bytes:                               # cut off
         (folder / "chosen.pt").write_bytes((folder / "chosen.pt").read_bytes()[:1000])
@@ -750,7 +750,7 @@ def test_a_training_ends_with_what_was_gained(world):
     lost = 1 - figures["diversity_final"] / figures["diversity_start"]
     assert figures["variety_lost_percent"] == pytest.approx(100 * lost, abs=0.01)
     assert sample.load_run(world / "graded", "cpu", "fp32").cfg.guidance == 2
-    refused(command(world, "--train", out="graded"), "graded/ holds a run already", "--resume")
+    refused(command(world, "--train", out="graded"), "graded/ already holds a run", "--resume")
 
 
 def test_photographs_and_latents_are_learned_from_but_not_judged(world, clip_folder, tmp_path):
@@ -812,7 +812,7 @@ def test_the_sum_of_rewards_weighs_standardised_rewards(monkeypatch, rewards):
 
 
 def test_each_reward_chooses_and_the_judge_says_whether_it_is_right(world, monkeypatch):
-    def read(self, images, prompts):                  # the more red, the better, but for one
+    def read(self, images, prompts):                  # the redder, the better, except for one
         red = images[..., 0].mean((1, 2)).astype(float)
         return {name: -red if name == "clip" else red for name in self.weights}
     monkeypatch.setattr(Rewards, "__call__", read)

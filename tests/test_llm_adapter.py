@@ -226,7 +226,7 @@ def train(folder, *more, out="run"):
 
 
 def changed(before, after, part=""):
-    """Do any two tensors of a name that starts with `part` differ?"""
+    """Whether any tensor whose name starts with `part` differs."""
     assert set(before) == set(after)
     return any(not torch.equal(before[name], after[name])
                for name in before if name.startswith(part))
@@ -367,11 +367,11 @@ def test_stages_one_by_one_and_interrupted_end_as_in_one_go(world, monkeypatch):
         steps = load_file(world / "steps" / stage / "model.safetensors")
         assert all(torch.allclose(whole[name], steps[name], atol=1e-6) for name in whole)
     assert train(world, "--stages", 1, "--overwrite", out="steps")[0] == 0
-    assert not (world / "steps" / "stage2").exists()     # it does not go on from this stage 1
+    assert not (world / "steps" / "stage2").exists()     # it does not continue this stage 1
 
 
 def test_slips_and_another_llm_or_base_are_refused_in_one_line(world, clip_folder):
-    refused(train(world), "run/ holds a run already")
+    refused(train(world), "run/ already holds a run")
     refused(train(world, "--width", 15, out="new"), "--width 15", "--heads")
     refused(train(world, "--quality", "beauty", out="new"), "--quality beauty", "12 of 12")
     refused(train(world, "--parallel", "nowhere", out="new"), "--parallel nowhere")
@@ -380,11 +380,11 @@ def test_slips_and_another_llm_or_base_are_refused_in_one_line(world, clip_folde
             "--font nowhere.ttf")
     assert not (world / "new").exists()
     refused(run("sample.py", "ein Mann", "--run", "run", "--clip", "other", cwd=world),
-            "--clip plays no part")
+            "--clip has no effect")
     shutil.copytree(world / "llm", world / "put_away")
     make_llm(world / "llm", seed=5)
     refused(run("sample.py", "ein Mann", "--run", "run", "--device", "cpu", cwd=world),
-            "run/ was trained with another language model than llm")
+            "llm is not the language model that run/ was trained with")
     refused(train(world, "--resume"), "llm_identity")
     shutil.rmtree(world / "llm")
     shutil.move(world / "put_away", world / "llm")
@@ -473,7 +473,7 @@ def test_layers_side_by_side_are_each_normalised(world):
 
 
 class WordLLM:
-    """Stands for an LLM: the state of a token is a vector of its own; texts are words."""
+    """Stands in for an LLM: each token has its own vector as its state; texts are words."""
     length = 9
 
     def __init__(self, words):
@@ -500,7 +500,7 @@ def test_a_probe_names_tokens_finds_texts_and_reads_the_last_state():
     found = experiment.same_scene(llm, ["f f e", "b b a a", "d c", "a c e"], english)
     assert found.tolist() == [False, False, False, False]
     found = experiment.same_scene(llm, ["b a", "d c c", "f e", "a b a"], english)
-    assert found.tolist() == [True, True, True, True]         # of equal texts either is right
+    assert found.tolist() == [True, True, True, True]         # of equal texts, either
 
 
 def test_the_colour_of_a_narrative_is_read_where_it_is_asked_for():
@@ -510,7 +510,7 @@ def test_the_colour_of_a_narrative_is_read_where_it_is_asked_for():
     colours = list(shapes.COLOURS)
 
     class Asked(WordLLM):
-        """Knows the meaning behind the question alone."""
+        """Knows the meaning only after the question."""
         def __call__(self, texts):
             h, mask = super().__call__(texts)
             for i, text in enumerate(texts):
@@ -556,4 +556,4 @@ def test_a_comparison_keeps_what_is_finished(toy_data, base, world, tmp_path, mo
     for loss in ("stage1_loss", "stage2_3_loss"):
         monkeypatch.setattr(llm_adapter, loss, None)                     # nothing is trained again
     assert compare()[1].splitlines()[-4:] == table.splitlines()[-4:]
-    refused(compare("--seed", 1), "layer_last/stage1/ was begun with seed = 0, now it is 1")
+    refused(compare("--seed", 1), "layer_last/stage1/ was started with seed = 0, now it is 1")

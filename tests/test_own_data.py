@@ -101,7 +101,7 @@ def test_settings_that_cannot_be_or_teach_nothing_are_refused(method, settings):
     ("llm_adapter.py", ["--font", "a.ttf"])])
 def test_flags_of_the_toy_world_are_refused_with_other_data(tmp_path, script, flags):
     refused(run(script, "--train", "--data", "mine", *flags, cwd=tmp_path),
-            f"{flags[0]} plays no part here")
+            f"{flags[0]} has no effect here")
 
 
 # ------------------------------------------------------------------------------------------- emoji

@@ -19,7 +19,7 @@ FEW = ("--sample-steps", 2, *DEVICE)
 
 @pytest.fixture
 def folder(tmp_path, pipeline):
-    """A working folder with a run of the flagship in its usual place."""
+    """A working folder with a run of uvit_fusion.py in its usual place."""
     save_run(pipeline, tmp_path / "runs" / "uvit_fusion")
     return tmp_path
 
@@ -50,7 +50,7 @@ def test_prompts_come_from_the_command_line_and_a_file(folder, monkeypatch):
     assert status == 0, errors
     assert prompts == [prompt for prompt in ("a horse", "a blue square", "a man")
                        for _ in range(2)]
-    assert grid(folder).shape[1] < 3 * 96                        # a row a prompt
+    assert grid(folder).shape[1] < 3 * 96                        # a row per prompt
 
 
 def test_each_image_is_the_one_that_its_prompt_gives_with_the_flags(folder, pipeline):
@@ -217,17 +217,17 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
     (["--guidance", "inf"], "--guidance"),
     (["--guidance-interval", 1, 0], "--guidance-interval 1 0: both are shares"),
     (["--guidance-interval", 60, 100], "--guidance-interval 60 100: both are shares"),
-    (["--noise-seed", "9" * 5000], "999 is no whole number from"),
+    (["--noise-seed", "9" * 5000], "999 is not an integer from"),
     (["--file", "latin.txt"], "latin.txt, line 2: not in UTF-8"),
     (["\udcff"], "UTF-8"),
-    (["--run", "broken"], "gives nan, no images"),
+    (["--run", "broken"], "gives nan, not images"),
     (["--run", "other"], "names the method 'gan'"),
     (["--run", "other", "--weights", "small.pth"], "--weights and --run both"),
     (["--vary", "guidance"], "--vary guidance: expected one of guidance, sampler"),
     (["--vary", "font", 1], "--vary font 1: expected one of guidance"),
     (["--vary", "guidance", "much"], "--guidance: invalid finite value: 'much'"),
     (["--vary", "sampler", "euler"], "--sampler: invalid choice: 'euler'"),
-    (["--vary", "guidance", 1, "--guidance", 2], "--guidance: its values are those of --vary"),
+    (["--vary", "guidance", 1, "--guidance", 2], "--guidance: --vary sets its values"),
     (["--vary", "guidance", 1, "--trajectory"], "--trajectory and --vary"),
 ])
 def test_a_slip_is_one_line(folder, pipeline, flags, word):

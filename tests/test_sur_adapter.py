@@ -34,7 +34,7 @@ def new_adapter(adapter_class=Adapter, **changes):
 
 
 def randomized(adapter):
-    """All parameters at random: what starts at zero hides what stands before it."""
+    """All parameters at random: what starts at zero hides what comes before it."""
     torch.manual_seed(1)
     for parameter in adapter.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
@@ -99,7 +99,7 @@ def test_the_distance_is_the_kl_of_the_student_to_the_teacher():
     assert feature_kl(teacher, teacher, torch.ones(1, 1), 1.0).item() == pytest.approx(0)
     seen = torch.ones(1, 1, dtype=torch.bool)
     coarse = feature_kl(teacher.bfloat16(), student.bfloat16(), seen, 1.0)
-    assert coarse.dtype == torch.float32, "of bf16 features, too"
+    assert coarse.dtype == torch.float32, "for bf16 features, too"
 
 
 def test_temperature_4_is_16_times_the_distance_of_a_quarter_of_the_features():
@@ -351,7 +351,7 @@ def test_an_adapter_stands_behind_the_text_encoder_of_its_own_base_only(
 
 
 def test_slips_end_in_one_line(world, llm_folder, coco):
-    refused(train(world, llm_folder), "run/ holds a run already")
+    refused(train(world, llm_folder), "run/ already holds a run")
     refused(train(world, llm_folder, "--heads", 5, out="new"), "--heads 5", "32")
     refused(train(world, llm_folder, "--base", "nowhere", out="new"), "nowhere")
     refused(train(world, llm_folder, "--data", coco, out="new"), f"--data {coco}", '"prompt"')
@@ -426,4 +426,4 @@ def test_a_comparison_keeps_what_is_finished(toy_data, base, llm_folder, tmp_pat
     assert config["llm_weight"] == 0 and not (tmp_path / "out" / "others").exists()
     monkeypatch.setattr(sur_adapter, "losses", None)                     # nothing is trained again
     assert unheard()[1].splitlines()[-4:] == table.splitlines()[-4:]
-    refused(unheard("--seed", 1), "as_intended/ was begun with seed = 0, now it is 1")
+    refused(unheard("--seed", 1), "as_intended/ was started with seed = 0, now it is 1")

@@ -171,7 +171,7 @@ def test_only_what_is_named_is_built(
     folder = {"shapes": "data/shapes", "simple": "data/simple24"}.get(data, data)
     assert toy.prepare(data, clip, **others) == folder
     assert built == expected.split()
-    assert ("coloured shapes only" in capsys.readouterr().out) == (data == "coco")
+    assert ("only captions of coloured shapes" in capsys.readouterr().out) == (data == "coco")
     built.clear()
     with pytest.raises(common.UserError, match="--data nowhere: there is no such folder"):
         toy.prepare("nowhere", clip, **others)

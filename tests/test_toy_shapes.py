@@ -114,7 +114,7 @@ def test_an_image_mixes_background_and_colour_by_coverage():
 
 
 def degrade(image, things, ragged=0.0, blur=0.0, noise=0.0, pale=0.0):
-    numbers = iter([ragged, 0, blur, 0, noise, 0, 1, pale])          # 0: this one happens
+    numbers = iter([ragged, 0, blur, 0, noise, 0, 1, pale])          # 0: it happens
     rng = SimpleNamespace(random=lambda: next(numbers), getrandbits=lambda _: 0)
     degraded, quality = shapes.degrade(image, things, rng)
     return degraded.astype(float), quality

@@ -1,4 +1,4 @@
-"""Paper 1's claims: what the network computes, what the diffusion does, how a training behaves."""
+"""Paper 1's claims: what the network computes, what the diffusion does, how training behaves."""
 import argparse
 import csv
 import math
@@ -141,7 +141,7 @@ def test_a_block_is_its_equations_with_the_context_normed(context_tokens):
     context = 3 + 2 * torch.randn(3, 4, 32) if context_tokens else None
     bias = torch.randn(3, 1, 1, 6 + context_tokens)
     for parameter in (*block.norm1.parameters(), *block.norm2.parameters()):
-        parameter.data += 0.3 * torch.randn_like(parameter)      # new ones are all alike
+        parameter.data += 0.3 * torch.randn_like(parameter)      # all alike at first
     w = block.state_dict()
     joined = linear(w, "skip_linear", torch.cat([x, skip], dim=-1))
     expected, _ = block_by_its_equations(w, "", joined, context, bias[:, 0])
@@ -163,7 +163,7 @@ def test_text_reaches_the_joint_blocks_only(fusion, v, c):
     model(x, t, text, mask)
     model(x, t, text + 1, mask)
     changed = [not torch.equal(one, other) for one, other in zip(seen[:5], seen[5:])]
-    assert changed == [i >= v for i in range(5)]          # the last blocks by way of the image
+    assert changed == [i >= v for i in range(5)]          # the last blocks through the image
     joint = 22 if fusion == "concat" else 17              # 1 time, 16 patches, 5 text tokens
     lengths = [output.shape[1] for output in seen[:5]]
     assert lengths == [joint if v <= i <= 4 - v else 17 for i in range(5)]
@@ -187,7 +187,7 @@ def test_caption_blocks_see_no_time_and_run_once_a_prompt():
         block.register_forward_hook(lambda *_, name=name: seen.append(name))
     denoiser = uvit_fusion.cfg_denoiser(model, text, mask, text[:1], mask[:1], w=3.0)
     Diffusion("cosine", "x0").sample(denoiser, x, steps=10)
-    assert seen == ["caption"] * 2 + ["image"] * 10       # of the prompts, and of the empty one
+    assert seen == ["caption"] * 2 + ["image"] * 10       # for the prompts and the empty one
 
 
 @pytest.mark.parametrize("fusion", ["concat", "cross"])
@@ -266,10 +266,10 @@ def test_settings_that_do_not_fit_are_refused(changes, words):
 
 # ----------------------------------------------------------------------------------- the diffusion
 def noised(diffusion):
-    """x_0, t, eps of three images, the x_t that they make, and what the network shall answer."""
+    """x_0, t, eps of three images, the x_t that they give, and what the network should answer."""
     torch.manual_seed(0)
     x_0, eps = torch.randn(2, 3, 3, 4, 4)
-    t = torch.tensor([100, 500, 900])                     # each image its own
+    t = torch.tensor([100, 500, 900])                     # one per image
     a = diffusion.abar[t].float().view(3, 1, 1, 1)
     x_t = a**0.5 * x_0 + (1 - a)**0.5 * eps
     v = a**0.5 * eps - (1 - a)**0.5 * x_0
@@ -282,7 +282,7 @@ def test_the_exact_answer_has_loss_0_and_one_off_by_a_tenth_has_a_hundredth(targ
     x_0, t, eps, x_t, answer = noised(diffusion)
     for error, expected in ((0, 0), (0.1, 0.01), (-0.2, 0.04)):
         def model(x, times, text, mask, error=error):
-            assert torch.allclose(x, x_t, atol=1e-6)      # the noisy image, and no other
+            assert torch.allclose(x, x_t, atol=1e-6)      # the noisy image, no other
             assert (times is t) and (text, mask) == ("text", "mask")
             return answer + error
         loss = uvit_fusion.diffusion_loss(model, diffusion, x_0, t, eps, "text", "mask")
@@ -296,7 +296,7 @@ def test_an_answer_is_turned_into_x_0_and_eps(target):
     found, found_eps = diffusion.predict(answer, x_t, t)
     assert torch.allclose(found, x_0, atol=1e-4)
     assert torch.allclose(found_eps, eps, atol=1e-4)
-    # of a clipped x_0, eps is the one that makes x_t with it
+    # eps is then the one that gives x_t with the clipped x_0
     clipped, clipped_eps = Diffusion("linear", target, clip_x0=True).predict(answer, x_t, t)
     assert torch.allclose(clipped, x_0.clamp(-1, 1), atol=1e-4)
     assert torch.allclose(diffusion.q_sample(clipped, t, clipped_eps), x_t, atol=1e-5)
@@ -347,11 +347,11 @@ def test_dpm_begins_with_a_step_of_ddim_and_then_extrapolates():
     diffusion = Diffusion("cosine")
     x_0, before, x_t = torch.randn(3, 100)
     a, a_next, a_before = diffusion.abar[[600, 500, 800]].tolist()
-    eps = (x_t - a**0.5 * x_0) / (1 - a)**0.5             # what x_t and x_0 make of it
+    eps = (x_t - a**0.5 * x_0) / (1 - a)**0.5             # from x_t and x_0
     found = diffusion.step_dpm(x_0, x_t, 600, 500, None)
     assert torch.allclose(found, a_next**0.5 * x_0 + (1 - a_next)**0.5 * eps, atol=1e-5)
     assert torch.allclose(found, diffusion.step_ddim(x_0, eps, 500), atol=1e-5)
-    # then D = x_0 + (x_0 - x_0 before) / 2r takes the place of x_0; r = h before / h
+    # then D = x_0 + (x_0 - x_0 before) / 2r replaces x_0; r = h before / h
     now, then, earlier = (math.log((a / (1 - a))**0.5) for a in (a, a_next, a_before))
     d = x_0 + (x_0 - before) / (2 * (now - earlier) / (then - now))
     expected = ((1 - a_next) / (1 - a))**0.5 * x_t - a_next**0.5 * (math.exp(now - then) - 1) * d
@@ -562,7 +562,7 @@ def train_by_hand(cfg, batches):
 
 
 def assert_close(found, expected):
-    """Weights move by some 0.01 a step; those of nearly no gradient may go either way."""
+    """Weights move by about 0.01 per step; those with almost no gradient may go either way."""
     assert found.keys() == expected.keys()
     close = [torch.isclose(found[name], expected[name], atol=3e-4).flatten() for name in expected]
     assert torch.cat(close).float().mean() > 0.999
@@ -579,7 +579,7 @@ def test_a_training_is_what_its_steps_say(tmp_path, coco, clip_folder, recorded,
     images, _ = next(image_data.batches(pipeline.dataset(coco, "train"), 4, 0, 1, cfg.seed))
     assert torch.allclose(x_0[:4], images / 127.5 - 1)
     assert len(t.unique()) > 6 and eps.std().item() == pytest.approx(1, abs=0.1)
-    empty = (mask.sum(1) == 2).sum()                      # captions that are a begin and an end
+    empty = (mask.sum(1) == 2).sum()                      # captions that are only start and end
     assert 0 < empty < 12
     averages, losses = train_by_hand(cfg, batches)
     assert_close(pipeline.model.state_dict(), averages)
@@ -711,7 +711,7 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
         graded.append((samples, first))
         return {"all": 32.0 * len(graded)}, None
     monkeypatch.setattr(validation.judge, "accuracy", accuracy)
-    # read at the start, and once before and once behind each validation
+    # read at the start, and before and after each validation
     clock = iter([0, *range(50, 1000, 30)])
     monkeypatch.setattr(validation.time, "perf_counter", lambda: next(clock))
     pipeline = tiny_pipeline(clip_folder, steps=39)
@@ -727,7 +727,7 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
     measured.report_speed()
     results = common.read_json(tmp_path / "results.json")
     assert results["seconds_to_80"] == 95
-    assert results["step_ms"] == pytest.approx(1e3 * 30 / 3)              # three steps a lap
+    assert results["step_ms"] == pytest.approx(1e3 * 30 / 3)              # three steps per lap
     assert (tmp_path / "samples" / "step_6.png").exists()
     measured.folder = tmp_path / "worse"
     measured.curve.pop()
@@ -738,13 +738,13 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
 
 def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
     model = torch.nn.Linear(2, 2)
-    assert uvit_fusion.compile_network(model, CPU) is model        # on a CPU if asked for only
+    assert uvit_fusion.compile_network(model, CPU) is model        # on a CPU only if asked
 
     def broken(module, **options):
         raise RuntimeError("no C++ compiler")
     monkeypatch.setattr(torch, "compile", broken)
     assert uvit_fusion.compile_network(model, CPU, True) is model
-    assert "goes on without (no C++ compiler)" in capsys.readouterr().out
+    assert "continuing without it (no C++ compiler)" in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: options)
     assert uvit_fusion.compile_network(model, CPU, True)(0) == {"mode": "default", "dynamic": False}
 
@@ -770,7 +770,7 @@ def test_two_processes_train_as_one(tmp_path, coco, clip_folder, recorded, monke
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("3 steps of 4 images on cpu x 2") == 1         # only rank 0 speaks
     assert (tmp_path / "run" / "step2.safetensors").exists()
-    # each rank by itself shows what it is given; both together make the batches of one process
+    # each rank alone shows what it is given; both together make the batches of one process
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
     cfg = tiny_cfg(clip_folder, optimizer="adamw", steps=3, lr=0.01)
@@ -778,6 +778,6 @@ def test_two_processes_train_as_one(tmp_path, coco, clip_folder, recorded, monke
         train(cfg, coco, tmp_path / f"rank{rank}", rank, 2)
     batches = [joined(shares) for shares in zip(recorded[:3], recorded[3:])]
     eps = batches[0][2]
-    assert not torch.equal(eps[:2], eps[2:])              # each rank has noise of its own
+    assert not torch.equal(eps[:2], eps[2:])              # each rank has its own noise
     averages, _ = train_by_hand(cfg, batches)
     assert_close(load_file(tmp_path / "run" / "model.safetensors"), averages)

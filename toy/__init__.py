@@ -25,8 +25,8 @@ def prepare(data, clip, size=24, llm="", captioner="", segmenter=""):
         folder = shapes.build(f"data/simple{size}", size, train=6_000, val=1_024, simple=True)
     has_tiny_clip = Path(clip) == models.CLIP_FOLDER
     if has_tiny_clip and data not in WORLDS:
-        print(f"warning: the tiny CLIP in {clip} knows captions of coloured shapes only; to train "
-              f"with {data} name a real one: --clip openai/clip-vit-large-patch14")
+        print(f"warning: the tiny CLIP in {clip} knows only captions of coloured shapes; to train "
+              f"with {data}, name a real one: --clip openai/clip-vit-large-patch14")
     own_models = {
         models.CLIP_FOLDER: models.clip,
         models.LLM_FOLDER: models.llm,

@@ -70,7 +70,7 @@ def measure(pipeline, data, samples, seed=0):
     scenes, _, _ = judge.validation_scenes(data, samples)
     chosen = [i for i, scene in enumerate(scenes) if scene.relation]
     if not chosen:
-        raise UserError(f"--samples {samples}: none of these scenes has two groups: take more "
+        raise UserError(f"--samples {samples}: none of these scenes has two groups: use more "
                         "(the world `simple` has none)")
     captions = captions_by_field([scenes[i] for i in chosen])
     tokens = {name: encode_text(pipeline, texts) for name, texts in captions.items()}
@@ -107,8 +107,8 @@ def report(found, title, path):
         apart = [figures[f"{field}_apart_{t}"] for field in FIELDS]
         rows.append([t, f"{figures[f'loss_{t}']:.4f}", *rises, *apart])
     common.print_table(rows, title)
-    print(f"{right.shape[1]} images. +: by how much a caption that is wrong in this field raises "
-          f"the loss; %: of how many images it does. Drawn: {path}")
-    common.plot(curves, path, "t (1000: noise alone)",
-                "by how much a wrong caption raises the loss, by the field that is wrong")
+    print(f"{right.shape[1]} images. +: how much a caption that is wrong in this field raises "
+          f"the loss; %: for how many images it does. Drawn: {path}")
+    common.plot(curves, path, "t (1000: pure noise)",
+                "how much a wrong caption raises the loss, by the field that is wrong")
     return figures

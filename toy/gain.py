@@ -112,7 +112,7 @@ def report(progress, own, rendered, folder):
     shares |= common.percent("gain", final["right"] - start["right"])
     shares |= variety_lost(start, final)
     labels = {"start": "right at the start", "start_own": "right with the base's own guidance",
-              "final": "right in the end", "gain": "gained, points",
+              "final": "right at the end", "gain": "gained, points",
               "variety_lost_percent": "variety lost"}
     rows = [["", "%", "+-"]]
     rows += [[label, shares[name], shares[f"{name}_ci"]] for name, label in labels.items()]

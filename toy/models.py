@@ -58,7 +58,7 @@ def is_trained(folder, name, original):
     """True if a model was trained before; if not, says that it is trained now."""
     if (Path(folder) / "config.json").exists():
         return True
-    print(f"training the tiny {name}, the stand-in for {original}, into {folder}/ "
+    print(f"training the tiny {name}, a stand-in for {original}, into {folder}/ "
           "(once, one to three minutes on two cores)")
     return False
 

@@ -99,4 +99,4 @@ def draw(base, adapted, data, folder, font):
         images += pair
     long_path = folder / "samples" / "long.png"
     common.image_grid(images, labels * 4, long_path, columns=2, titles=long, font=font)
-    print(f"prompts in four languages and at length, drawn: {languages_path}, {long_path}")
+    print(f"prompts in four languages and long ones, drawn: {languages_path}, {long_path}")

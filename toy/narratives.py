@@ -92,7 +92,7 @@ def report(base, adapted, llm, data, folder, samples, steps):
     figures["distance"] = clip_distance(images["plain"], data, clip)
     print(f"plain captions, image by image: {figures['plain_loss']:.1f} +- "
           f"{figures['plain_loss_ci']:.1f} points lost; CLIP distance to real images "
-          f"{figures['distance']:.4f}, of the base {figures['distance_base']:.4f}")
+          f"{figures['distance']:.4f}, for the base {figures['distance_base']:.4f}")
     draw(base, adapted, data, folder, steps)
     return figures
 
