@@ -892,7 +892,7 @@ def finish(folder, figures, begin):
     seconds = time.time() - begin
     memory = peak_memory_mb()
     write_results(folder, figures | {"seconds": seconds, "peak_memory_mb": memory})
-    print(f"{seconds:.0f} s in total, {memory:.0f} MB at most; "
+    print(f"{seconds:.0f} s in total, {memory:.0f} MB at peak; "
           f"figures in {Path(folder) / 'results.json'}")
 
 
@@ -990,7 +990,7 @@ def round_ticks(low, high):
 
 
 def log_ticks(low, high):
-    """The same for an axis of logarithms: 1, 2 and 5 times each power of ten."""
+    """For a logarithmic axis: 1, 2 and 5 times each power of ten, or `round_ticks` if too few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
