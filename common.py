@@ -583,10 +583,11 @@ def add_training_flags(parser, out_help, quick=None):
     if quick:
         parser.add_argument("--quick", action="store_true",
                             help=f"a smaller run that takes minutes, in {quick['out']}")
-    parser.add_argument("--resume", action="store_true",
-                        help="continue the run in --out where it stopped")
-    parser.add_argument("--overwrite", action="store_true",
-                        help="start over, replacing the run in --out")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true",
+                       help="continue the run in --out where it stopped")
+    start.add_argument("--overwrite", action="store_true",
+                       help="start over, replacing the run in --out")
     add_device_flags(parser)
 
 
@@ -615,18 +616,11 @@ def run_files(path):
     return path, path / "model.safetensors"
 
 
-def check_resume(args):
-    """Refuses --resume and --overwrite together."""
-    if args.resume and args.overwrite:
-        raise UserError("--resume continues, --overwrite starts over: choose one")
-
-
 def check_run(folder, args):
     """Refuses to train over another run by mistake, and to resume where there is none."""
     # chosen.pt: what a round of fine_rewards.py learns from, made before its first checkpoint
     has_state = any(Path(folder).rglob("state.pt")) or any(Path(folder).glob("*/chosen.pt"))
     holds_run = has_state or any(Path(folder).glob("*.safetensors"))
-    check_resume(args)
     if Path(folder).is_file():
         raise UserError(f"--out {folder} is a file, not a folder")
     if args.resume and not has_state:

@@ -45,21 +45,6 @@ def suppress(masks, scores, most=0.7):
     return torch.stack(kept) if kept else rest
 
 
-def save_memory(attention):
-    """Makes global attention in SAM's image encoder write its bias, (heads, h, w, h, w), in order.
-
-    As transformers computes it, the reshape to (1, heads, h w, h w) makes a copy of 0.8 GB.
-    """
-    plain = attention.get_decomposed_rel_pos
-
-    def bias(query, rel_pos_h, rel_pos_w, q_size, k_size):
-        rows = query.new_empty(len(query), *q_size, *k_size)
-        for row, q in zip(rows, query):
-            row.copy_(plain(q[None], rel_pos_h, rel_pos_w, q_size, k_size)[0])
-        return rows
-    attention.get_decomposed_rel_pos = bias
-
-
 class SamMasks:
     """All that Segment Anything finds in a square image uint8 (H, H, 3): masks (M, H, H) bool.
 
@@ -76,9 +61,6 @@ class SamMasks:
         self.model, self.processor = encoders.load_pretrained(
             "SamModel", path, "--sam", "Segment Anything model", device, "AutoImageProcessor",
             dtype=dtype, attn_implementation="sdpa")
-        for layer in self.model.vision_encoder.layers:
-            if layer.window_size == 0:
-                save_memory(layer.attn)
 
     @torch.no_grad()
     def __call__(self, image):

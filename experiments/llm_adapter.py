@@ -122,7 +122,6 @@ def run_variant(name, cfg, folder, args):
 def compare(args):
     cfg = common.make_config(Config, PRESETS, args)
     folder = Path(args.out or "runs/llm_compare")
-    common.check_resume(args)
     args.resume = not args.overwrite            # what is finished is not trained again
     rows = [["all right, %", "four languages", "+-", "long", "english"]]
     figures = {}

@@ -80,7 +80,6 @@ def compare(args):
     rewriter = toy.narratives.Rewriter(cfg.llm, base.device)
     results["rewriting"] = grade(base, data, args, ("narrative", "unheard"), rewriter)
     names = ("as_intended", "no_llm") if args.action == "unheard" else ABLATIONS
-    common.check_resume(args)
     args.resume = not args.overwrite                  # what is finished is not trained again
     for name in names:
         print(f"\n{name}, into {folder / name}/")

@@ -270,8 +270,6 @@ MUTANTS = {
         ("a panic is no failure", "common.is_failure", '== "PanicException"', '== ""'),
         ("a full disk is a traceback", "common.atomic_write", "RuntimeError, SafetensorError", ""),
         ("what a kill left stays", "common.Run.__init__", "unfinished.unlink()", "pass"),
-        ("resumed and overwritten", "common.check_resume",
-         "args.resume and args.overwrite", "False"),
         ("a byte order mark is read", "common.read_text", "utf-8-sig", "utf-8"),
         ("hidden files count", "image_data.find_files", 'if not name.startswith("."):', "if True:"),
         ("links lead in a circle", "image_data.find_files", "if real in seen:", "if False:"),

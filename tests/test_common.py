@@ -1064,8 +1064,6 @@ def test_a_run_is_not_mixed_with_another(tmp_path, monkeypatch):
     train("run")
     with pytest.raises(UserError, match="run/ already holds a run: --resume .* --overwrite"):
         train("run")
-    with pytest.raises(UserError, match="--resume continues, --overwrite starts over: choose one"):
-        common.check_run("run", argparse.Namespace(resume=True, overwrite=True))
     with pytest.raises(UserError, match="started with steps = 50, now it is 60"):
         train("run", Config(steps=60), resume=True)
     with pytest.raises(UserError, match="trained in fp32, now .* bf16"):

@@ -672,6 +672,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, coco, clip_fol
                  "metrics.csv", "loss.png", "samples/validation.png", "samples/step_1.png"):
         assert (tmp_path / "whole" / name).stat().st_size > 0, name
     refused(run(*command, "--out", "whole", cwd=tmp_path), "whole/", "--resume", "--overwrite")
+    refused(run(*command, "--resume", "--overwrite", cwd=tmp_path), "not allowed with argument")
 
     update_ema = uvit_fusion.update_ema
     steps = []
