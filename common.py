@@ -987,7 +987,7 @@ def log_ticks(low, high):
     """For a logarithmic axis: 1, 2 and 5 times each power of ten, or `round_ticks` if too few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    ticks = [tick for tick in ticks if low <= tick <= high]
+    ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
     return ticks if len(ticks) > 2 else round_ticks(low, high)
 
 
@@ -1013,12 +1013,13 @@ def plot(curves, path, x_label, y_label, log=False):
     sheet = Image.new("RGB", (640, 360), "white")
     draw = ImageDraw.Draw(sheet)
     font = load_font()
-    for tick in log_ticks(10**low[1], 10**high[1]) if log else round_ticks(low[1], high[1]):
-        row = 320 - 280 * (scale(tick) - low[1]) / extent[1]
+    y_ticks = log_ticks(10**low[1], 10**high[1]) if log else round_ticks(low[1], high[1])
+    for tick in y_ticks:
+        row = origin[1] + (scale(tick) - low[1]) / extent[1] * size[1]
         draw.line((64, row, 624, row), "#dddddd")
         draw.text((58, row), f"{tick:.4g}", "black", font, anchor="rm")
     for tick in round_ticks(low[0], high[0]):
-        column = 64 + 560 * (tick - low[0]) / extent[0]
+        column = origin[0] + (tick - low[0]) / extent[0] * size[0]
         draw.line((column, 320, column, 324), "#888888")
         draw.text((column, 326), f"{tick:.6g}", "black", font, anchor="ma")
     draw.line((64, 320, 624, 320), "#888888")

@@ -1143,6 +1143,7 @@ def test_ticks_are_round_and_within_the_axis(low, high):
 
 def test_ticks_of_logarithms_are_1_2_and_5_times_powers_of_ten():
     assert common.log_ticks(0.04, 1) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1])
+    assert common.log_ticks(10**math.log10(0.2), 2) == pytest.approx([0.2, 0.5, 1, 2])   # rounds up
     assert common.log_ticks(0.07, 0.08) == pytest.approx([0.07, 0.072, 0.074, 0.076, 0.078, 0.08])
 
 
