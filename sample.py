@@ -168,7 +168,6 @@ def save_film(trajectory, prompts, out, columns, font):
     first, *others = [common.draw_grid(images, prompts, columns, font=font)
                       for images in trajectory]
     milliseconds = [150] * len(others) + [3000]
-    out.parent.mkdir(parents=True, exist_ok=True)
     with common.atomic_write(out) as unfinished:
         first.save(unfinished, "GIF", save_all=True, append_images=others, duration=milliseconds,
                    loop=0)
@@ -226,6 +225,7 @@ def main():
         raise UserError(f"--out {out}: name an image file, such as {out}.png")
     if args.trajectory and args.vary:
         raise UserError("--trajectory and --vary both need the rows: choose one")
+    out.parent.mkdir(parents=True, exist_ok=True)    # a bad --out fails here, not after sampling
     font = common.load_font(args.font)
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     columns = args.per_prompt if args.per_prompt > 1 else None   # a row per prompt
