@@ -225,7 +225,9 @@ def main():
         raise UserError(f"--out {out}: name an image file, such as {out}.png")
     if args.trajectory and args.vary:
         raise UserError("--trajectory and --vary both need the rows: choose one")
-    out.parent.mkdir(parents=True, exist_ok=True)    # a bad --out fails here, not after sampling
+    if args.out:                                             # a bad one fails here, not at the end
+        with common.reading(f"--out {out}", "name another file"):
+            out.parent.mkdir(parents=True, exist_ok=True)
     font = common.load_font(args.font)
     prompts = [prompt for prompt in prompts for _ in range(args.per_prompt)]
     columns = args.per_prompt if args.per_prompt > 1 else None   # a row per prompt

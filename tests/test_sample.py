@@ -210,6 +210,7 @@ def test_published_weights_need_no_run(tmp_path, clip_folder, monkeypatch):
     (["--file", "nowhere.txt"], "nowhere.txt"),
     (["--file", "blank.txt"], "--file blank.txt holds no prompt"),
     (["--out", "grid.doc"], "--out grid.doc"),
+    (["--out", "blank.txt/grid.png", "--run", "nowhere"], "--out blank.txt/grid.png: File exists"),
     (["--clip", "./some"], "--clip ./some"),
     (["--font", "nowhere.ttf"], "--font nowhere.ttf"),
     (["--sample-steps", 1001], "--sample-steps"),
