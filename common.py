@@ -657,6 +657,20 @@ def check_settings(folder, cfg, same_data=False):
     return before | now
 
 
+def load_part(part, saved):
+    """part.load_state_dict; for an optimizer, which itself checks little, only the state."""
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(saved)
+        return
+    # its settings are those of the config, which were compared
+    part.load_state_dict(saved | {"param_groups": part.state_dict()["param_groups"]})
+    names = {tuple(values) for values in part.state.values()}
+    fits = [value.shape in ((), parameter.shape)
+            for parameter, values in part.state.items() for value in values.values()]
+    if len(names) > 1 or not all(fits):
+        raise ValueError("the state of an optimizer does not fit")
+
+
 def read_metrics(path):
     """(names, rows) of a metrics.csv, in cells; a row that was cut off is left out."""
     heading, *lines = path.read_text(errors="replace").split("\n")
@@ -731,7 +745,7 @@ class Run:
         with reading(path, "it is damaged: start over with --overwrite"):
             self.start = range(self.steps + 1).index(state["step"])
             for part, saved in zip(self.parts, state["parts"], strict=True):
-                part.load_state_dict(saved)
+                load_part(part, saved)
         path = self.folder / "metrics.csv"
         if self.rank == 0:
             write_json(self.folder / "config.json", settings)

@@ -1025,7 +1025,10 @@ def train_with_adam(folder, resume=False):
     lambda state: state.pop("parts"), lambda state: state.update(step=-1),
     lambda state: state.update(step="all"), lambda state: state.update(parts=[{}]),
     lambda state: state["parts"][0].update(weight=torch.zeros(2)),
-    lambda state: state["parts"][1].pop("state"), bytes])
+    lambda state: state["parts"][1].pop("state"),
+    lambda state: state["parts"][1]["state"][0].pop("exp_avg"),
+    lambda state: state["parts"][1]["state"][0].update(exp_avg=torch.zeros(7)),
+    lambda state: state["parts"][1].update(state={9: {"step": torch.zeros(2)}}), bytes])
 def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     path = tmp_path / "run" / "state.pt"
     train_with_adam(tmp_path / "run")
