@@ -1008,28 +1008,32 @@ def plot(curves, path, x_label, y_label, log=False):
     extent = every.max(0) - low
     extent[extent == 0] = 1
     high = low + extent
-    origin = np.array([64, 320])                        # where the axes meet, in pixels
-    size = np.array([560, -280])                        # rows count from the top
+    left, top, right, bottom = 64, 40, 624, 320         # of the plotting area, in pixels
     sheet = Image.new("RGB", (640, 360), "white")
     draw = ImageDraw.Draw(sheet)
     font = load_font()
+
+    def place(x, y):                                    # rows count from the top
+        share = (np.array([x, y]) - low) / extent
+        return (left + share[0] * (right - left), bottom + share[1] * (top - bottom))
+
     y_ticks = log_ticks(10**low[1], 10**high[1]) if log else round_ticks(low[1], high[1])
     for tick in y_ticks:
-        row = origin[1] + (scale(tick) - low[1]) / extent[1] * size[1]
-        draw.line((64, row, 624, row), "#dddddd")
-        draw.text((58, row), f"{tick:.4g}", "black", font, anchor="rm")
+        _, row = place(low[0], scale(tick))
+        draw.line((left, row, right, row), "#dddddd")
+        draw.text((left - 6, row), f"{tick:.4g}", "black", font, anchor="rm")
     for tick in round_ticks(low[0], high[0]):
-        column = origin[0] + (tick - low[0]) / extent[0] * size[0]
-        draw.line((column, 320, column, 324), "#888888")
-        draw.text((column, 326), f"{tick:.6g}", "black", font, anchor="ma")
-    draw.line((64, 320, 624, 320), "#888888")
-    draw.text((344, 342), x_label, "black", font, anchor="ma")
-    draw.text((64, 2), y_label, "black", font)
-    legend = 64
+        column, _ = place(tick, low[1])
+        draw.line((column, bottom, column, bottom + 4), "#888888")
+        draw.text((column, bottom + 6), f"{tick:.6g}", "black", font, anchor="ma")
+    draw.line((left, bottom, right, bottom), "#888888")
+    draw.text(((left + right) / 2, bottom + 22), x_label, "black", font, anchor="ma")
+    draw.text((left, 2), y_label, "black", font)
+    legend = left
     for i, (name, curve) in enumerate(points.items()):
         colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
-        pixels = (origin + (curve - low) / extent * size).tolist()
-        draw.line([tuple(point) for point in pixels], colour, width=2)
+        pixels = [place(x, y) for x, y in curve]
+        draw.line(pixels, colour, width=2)
         if len(pixels) < 20:
             for column, row in pixels:
                 draw.ellipse((column - 3, row - 3, column + 3, row + 3), colour)
