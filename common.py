@@ -1008,7 +1008,10 @@ def plot(curves, path, x_label, y_label, log=False):
     extent = every.max(0) - low
     extent[extent == 0] = 1
     high = low + extent
-    left, top, right, bottom = 64, 40, 624, 320         # of the plotting area, in pixels
+    left = 64                                           # of the area of the curves, in pixels
+    right = 624
+    top = 40
+    bottom = 320
     sheet = Image.new("RGB", (640, 360), "white")
     draw = ImageDraw.Draw(sheet)
     font = load_font()

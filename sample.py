@@ -92,7 +92,7 @@ def load_pipeline(args):
         pipeline = load_run(args.run, args.device, args.precision, **changes)
     if args.compile:                                         # sampling calls it, not `forward`
         pipeline.model.denoise = uvit_fusion.compile_network(
-            pipeline.model.denoise, pipeline.device, True, cuda_graph=False)
+            pipeline.model.denoise, pipeline.device)
     return pipeline
 
 

@@ -51,6 +51,7 @@ import datetime
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -820,28 +821,57 @@ def rank_0_first(rank, world_size):
         dist.barrier()
 
 
-def compile_network(network, device, wanted=None, cuda_graph=True):
-    """torch.compile of a module or function, or `network` itself where that does not work.
+def suits_graph(cfg, device):
+    """Whether training is fastest as a CUDA graph: on one GPU, if kernels are short."""
+    # a graph can neither add to the gradients of an earlier part nor run DDP's hooks
+    possible = cfg.accumulate == 1 and not cfg.recompute and not dist.is_initialized()
+    # in a wider network kernels take longer to run than to launch: it gains more by compiling
+    return device.type == "cuda" and cfg.dim < 256 and possible
 
-    wanted: None means only on a GPU, where launching small kernels takes longer than running them.
-    cuda_graph: on a GPU one graph launches all kernels; each call overwrites the last one's output.
-    """
+
+def should_compile(cfg, device, wanted):
+    """wanted, from --compile; without the flag (None), on a GPU, unless a graph is faster."""
     if wanted is None:
-        wanted = device.type == "cuda"
-    if not wanted:
-        return network
-    mode = "default"
-    # DDP's hooks do not work in a CUDA graph
-    if device.type == "cuda" and cuda_graph and not dist.is_initialized():
-        mode = "reduce-overhead"
+        return device.type == "cuda" and not suits_graph(cfg, device)
+    return wanted
+
+
+def compile_network(network, device):
+    """torch.compile of a module or function, or `network` itself where that does not work."""
     try:
         # a small layer tells within seconds whether there is a compiler
         torch.compile(nn.Linear(8, 8).to(device))(torch.zeros(1, 8, device=device))
         # with symbolic sizes a second network in one process failed in PyTorch 2.11
-        return torch.compile(network, mode=mode, dynamic=False)
+        return torch.compile(network, dynamic=False)
     except Exception as error:                                   # compilers fail in many ways
         print(f"torch.compile does not work here, continuing without it ({common.say_why(error)})")
         return network
+
+
+def capture_graph(model, cfg, device, precision):
+    """Makes a U-ViT's forward and backward pass one CUDA graph each, in place.
+
+    A graph launches all its kernels at once, and is captured in a tenth of a second. Each call
+    overwrites the last one's output and gradients.
+    """
+    x = torch.zeros(cfg.batch_size, cfg.channels, cfg.size, cfg.size, device=device)
+    t = torch.ones(cfg.batch_size, dtype=torch.long, device=device)
+    text = torch.zeros(cfg.batch_size, cfg.text_length, cfg.text_dim, device=device)
+    mask = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
+    # gradients come from another stream than in the capture: a moment's wait, no error
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    # without the cache, each replay converts the weights to bf16 anew
+    with torch.autocast("cuda", torch.bfloat16, precision == torch.bfloat16, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(model, (x, t, text, mask))
+
+
+def prepare_network(model, cfg, device, precision, wanted):
+    """`model` as `train` calls it, with the same weights; wanted: as in `should_compile`."""
+    if should_compile(cfg, device, wanted):
+        return compile_network(model, device)
+    if suits_graph(cfg, device):
+        return capture_graph(model, cfg, device, precision)
+    return model
 
 
 def time_power(cfg, step):
@@ -899,8 +929,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args, precision,
                      title=cfg.fusion, rank=rank, dataset=dataset)
-    # shares the weights of model; a CUDA graph cannot add to the gradients of an earlier part
-    network = compile_network(model, device, args.compile, cuda_graph=cfg.accumulate == 1)
+    network = prepare_network(model, cfg, device, precision, args.compile)
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
     loader = image_data.batches(dataset, cfg.batch_size, run.start, cfg.steps, cfg.seed,
@@ -945,7 +974,8 @@ def add_flags(parser):
                         help="others, graded ten times during training (default %(default)s)")
     parser.add_argument("--workers", type=common.natural, help="processes that read images")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="torch.compile, which needs a C++ compiler (default: on a GPU)")
+                        help="torch.compile, which needs a C++ compiler (default: on a GPU, if "
+                             "--dim is 256 or more; below, a CUDA graph is faster)")
     common.add_training_flags(parser, "run folder (default runs/uvit_fusion)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
 

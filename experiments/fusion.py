@@ -88,7 +88,7 @@ def compare(args, device, precision):
             cfg = dataclasses.replace(cfg, seed=seed)
             run = folder / f"{name}-{seed}"
             results[name].append(train_variant(cfg, data, run, args, device, precision))
-    costs = step_costs(variants, base.batch_size, device, precision)
+    costs = step_costs(variants, device, precision)
     figures = accuracy_table(results, costs, base.steps)
     figures |= time_table(results, costs)
     figures |= paired_differences(results)
@@ -246,19 +246,19 @@ def milliseconds(call, device):
 
 class TrainingStep:
     """A step of training (forward, backward, optimizers; no text encoder) of one variant."""
-    def __init__(self, cfg, batch_size, device, precision, compiled):
+    def __init__(self, cfg, device, precision, wanted):
         torch.manual_seed(0)
         self.model = UViT(cfg).to(device)
-        self.network = uvit_fusion.compile_network(self.model, device, compiled)
+        self.network = uvit_fusion.prepare_network(self.model, cfg, device, precision, wanted)
         # another network: a compiled `denoise` within a compiled `forward` would be compiled twice
         self.sampler = UViT(cfg).to(device)
-        self.sampler.denoise = uvit_fusion.compile_network(
-            self.sampler.denoise, device, compiled, cuda_graph=False)
+        if uvit_fusion.should_compile(cfg, device, wanted):
+            self.sampler.denoise = uvit_fusion.compile_network(self.sampler.denoise, device)
         self.optimizers = uvit_fusion.make_optimizers(
             self.model, cfg, precision, cfg.muon_names())
-        self.inputs = random_inputs(cfg, batch_size, device)
+        self.inputs = random_inputs(cfg, cfg.batch_size, device)
         # generating a whole batch would take a CPU minutes
-        few = batch_size if device.type == "cuda" else max(1, batch_size // 8)
+        few = cfg.batch_size if device.type == "cuda" else max(1, cfg.batch_size // 8)
         self.few_inputs = random_inputs(cfg, few, device)
         self.diffusion = Diffusion(cfg.schedule, cfg.target)
         self.device = device
@@ -283,12 +283,13 @@ class TrainingStep:
             self.diffusion.sample(denoiser, x, steps)
 
 
-def step_costs(variants, batch_size, device, precision, compiled=False, rounds=10):
+def step_costs(variants, device, precision, wanted=False, rounds=10):
     """{name: {parameters, gflops, ms, sample_ms}} of variants {name: Config}.
 
+    wanted: whether to compile, as in `uvit_fusion.should_compile`.
     They take turns and the median counts, so that other work on the machine affects all alike.
     """
-    steps = {name: TrainingStep(cfg, batch_size, device, precision, compiled)
+    steps = {name: TrainingStep(cfg, device, precision, wanted)
              for name, cfg in variants.items()}
     ms = {name: [] for name in variants}
     for _ in range(2 + rounds):                                           # two to warm up
@@ -320,10 +321,10 @@ def cost(args, device, precision):
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     sweep = SWEEP
     # compiling takes a minute a row
-    if args.compile or (args.compile is None and on_gpu):
+    if uvit_fusion.should_compile(Config(**PRESETS["coco"]), device, args.compile):
         sweep = {name: SWEEP[name] for name in ("early", "intermediate")}
     figures = cost_table("coco", sweep, batch_size, 8, args, device, precision)
-    figures["latents_per_second"] = 1e3 / figures["intermediate_sample_ms"]
+    latents_per_second = 1e3 / figures["intermediate_sample_ms"]
     figures |= {f"toy_{name}": value for name, value in small.items()}
     figures |= single_changes(device, precision)
     figures["toy_step_ms"] = training_step_ms(folder / "training", args, device, precision)
@@ -331,6 +332,7 @@ def cost(args, device, precision):
         figures["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 1e6
         # "toy_step_ms" becomes "toy_step_gpu_ms"
         figures = {"_gpu_".join(name.rsplit("_", 1)): value for name, value in figures.items()}
+    figures["latents_per_second_gpu" if on_gpu else "latents_per_second"] = latents_per_second
     common.write_results(folder, figures)
 
 
@@ -374,8 +376,10 @@ def single_changes(device, precision):
     return figures
 
 
-def training_step_ms(folder, args, device, precision, steps=200):
+def training_step_ms(folder, args, device, precision):
     """ms a step of `uvit_fusion.train` on the toy world: images, text and averages included."""
+    # the first epoch also decodes the images, which takes longer than a GPU's whole step
+    steps = 2000 if device.type == "cuda" else 200
     cfg = Config(steps=steps, snapshot_at=())
     data = toy.prepare(cfg.data, cfg.clip)
     args.resume = False
@@ -390,8 +394,9 @@ def cost_table(preset, changes, batch_size, rounds, args, device, precision):
     Returns the figures of early and intermediate fusion.
     """
     base = Config(**PRESETS[preset])
-    variants = {name: dataclasses.replace(base, **change) for name, change in changes.items()}
-    costs = step_costs(variants, batch_size, device, precision, args.compile, rounds)
+    variants = {name: dataclasses.replace(base, batch_size=batch_size, **change)
+                for name, change in changes.items()}
+    costs = step_costs(variants, device, precision, args.compile, rounds)
     peak = common.matmul_rate(device, precision, 4096)
     early = costs["early"]
     figures = {}
@@ -545,7 +550,7 @@ def main():
     parser.add_argument("--seeds", type=common.positive, default=3,
                         help="compare: seeds for concatenation (default %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                        help="compare, cost: torch.compile (default: on a GPU)")
+                        help="compare, cost: torch.compile (default: as in uvit_fusion.py)")
     common.add_training_flags(
         parser, "compare, cost: folder (default runs/compare, runs/cost)")
     common.add_config_flags(parser, Config, PRESETS)

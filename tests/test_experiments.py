@@ -156,6 +156,6 @@ def test_costs_are_of_equal_steps(clip_folder):
     base = Config(size=8, dim=32, depth=4, heads=2, batch_size=4)
     variants = {name: dataclasses.replace(base, image_blocks=v) for name, v in (
         ("early", 0), ("intermediate", 2))}
-    costs = fusion.step_costs(variants, 4, torch.device("cpu"), torch.float32, rounds=2)
+    costs = fusion.step_costs(variants, torch.device("cpu"), torch.float32, rounds=2)
     assert costs["intermediate"]["gflops"] < costs["early"]["gflops"]
     assert all(cost["ms"] > 0 and cost["sample_ms"] > 0 for cost in costs.values())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, refused, run, save_run, tiny_cfg, tiny_pipeline
 from safetensors.torch import load_file
+from torch._subclasses import FakeTensorMode
 
 import common
 import image_data
@@ -739,15 +740,42 @@ def test_a_validation_comes_ten_times_and_grades_the_last_scenes_of_the_toy_worl
 
 def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
     model = torch.nn.Linear(2, 2)
-    assert uvit_fusion.compile_network(model, CPU) is model        # on a CPU only if asked
 
     def broken(module, **options):
         raise RuntimeError("no C++ compiler")
     monkeypatch.setattr(torch, "compile", broken)
-    assert uvit_fusion.compile_network(model, CPU, True) is model
+    assert uvit_fusion.compile_network(model, CPU) is model
     assert "continuing without it (no C++ compiler)" in capsys.readouterr().out
     monkeypatch.setattr(torch, "compile", lambda module, **options: lambda x: options)
-    assert uvit_fusion.compile_network(model, CPU, True)(0) == {"mode": "default", "dynamic": False}
+    assert uvit_fusion.compile_network(model, CPU)(0) == {"dynamic": False}
+
+
+@pytest.mark.parametrize("device, changes, wanted, expected", [
+    ("cpu", {}, None, "as it is"), ("cpu", {}, True, "compiled"), ("cpu", {}, False, "as it is"),
+    ("cuda", {}, None, "graph"), ("cuda", {}, True, "compiled"),
+    ("cuda", {"dim": 256}, None, "compiled"), ("cuda", {"dim": 256}, False, "as it is"),
+    ("cuda", {"accumulate": 2}, None, "compiled"), ("cuda", {"accumulate": 2}, False, "as it is"),
+    ("cuda", {"recompute": True}, None, "compiled"),
+])
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_gpu_gets_a_graph_or_a_wide_network_compiled(
+        monkeypatch, device, changes, wanted, expected):
+    cfg = tiny_cfg("", **{"batch_size": 6} | changes)
+    monkeypatch.setattr(uvit_fusion, "compile_network", lambda model, device: "compiled")
+
+    def capture(model, inputs):
+        assert not torch.is_autocast_cache_enabled()
+        x, t, text, mask = (torch.ones(part.shape, dtype=part.dtype, device="meta")
+                            for part in inputs)
+        assert len(x) == 6 and model(x, t, text, mask).shape == x.shape
+        return "graph"
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    model = UViT(cfg).to("meta")
+    # tensors "on a GPU" where there is none
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = uvit_fusion.prepare_network(
+            model, cfg, torch.device(device), torch.bfloat16, wanted)
+    assert network == expected or (expected == "as it is" and network is model)
 
 
 @pytest.mark.parametrize("flags", [
