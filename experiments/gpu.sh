@@ -7,6 +7,8 @@ out=${1:-runs/gpu}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version --format=csv | tee "$out/gpu.txt"
 
+python -m pytest -q tests/test_uvit_fusion.py -k graph                 # it trains as without it
+
 # the toy flagship: ms a step, seconds in all and until 80 % are right
 python uvit_fusion.py --train --out "$out/flagship" --overwrite 2>&1 | tail -n 16 \
     | tee "$out/flagship.txt"

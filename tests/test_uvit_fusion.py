@@ -1,5 +1,6 @@
 """Paper 1's claims: what the network computes, what the diffusion does, how training behaves."""
 import argparse
+import copy
 import csv
 import math
 import os
@@ -776,6 +777,30 @@ def test_a_gpu_gets_a_graph_or_a_wide_network_compiled(
         network = uvit_fusion.prepare_network(
             model, cfg, torch.device(device), torch.bfloat16, wanted)
     assert network == expected or (expected == "as it is" and network is model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; experiments/gpu.sh runs it")
+def test_a_graph_trains_as_single_kernels_do():
+    cfg = tiny_cfg("", batch_size=6)
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = UViT(cfg).to(device)
+    captured = copy.deepcopy(model)
+    networks = [model, uvit_fusion.capture_graph(captured, cfg, device, torch.bfloat16)]
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, captured)]
+    for step in range(4):                                 # new inputs and new weights in each
+        x = torch.randn(6, cfg.channels, cfg.size, cfg.size, device=device)
+        t = torch.randint(1, 1001, (6,), device=device)
+        text = torch.randn(6, cfg.text_length, cfg.text_dim, device=device)
+        mask = torch.arange(cfg.text_length, device=device) < 3 + step
+        for network, optimizer in zip(networks, optimizers):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = (network(x, t, text, mask.expand(6, -1)).float() - x).square().mean()
+            loss.backward()
+            optimizer.step()
+    for expected, found in zip(model.parameters(), captured.parameters()):
+        assert torch.allclose(expected, found, atol=1e-3)
 
 
 @pytest.mark.parametrize("flags", [
