@@ -861,15 +861,20 @@ def capture_graph(model, cfg, device, precision):
     # gradients come from another stream than in the capture: a moment's wait, no error
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     # without the cache, each replay converts the weights to bf16 anew
-    with torch.autocast("cuda", torch.bfloat16, precision == torch.bfloat16, cache_enabled=False):
+    autocast = torch.autocast(
+        "cuda", torch.bfloat16, precision == torch.bfloat16, cache_enabled=False)
+    with common.reading("the network as a CUDA graph", "train with --no-compile"), autocast:
         return torch.cuda.make_graphed_callables(model, (x, t, text, mask))
 
 
 def prepare_network(model, cfg, device, precision, wanted):
-    """`model` as `train` calls it, with the same weights; wanted: as in `should_compile`."""
+    """`model` as `train` calls it, with the same weights.
+
+    wanted: from --compile; False: each operation as it is written, so that print works in it.
+    """
     if should_compile(cfg, device, wanted):
         return compile_network(model, device)
-    if suits_graph(cfg, device):
+    if wanted is None and suits_graph(cfg, device):
         return capture_graph(model, cfg, device, precision)
     return model
 
@@ -975,7 +980,7 @@ def add_flags(parser):
     parser.add_argument("--workers", type=common.natural, help="processes that read images")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile, which needs a C++ compiler (default: on a GPU, if "
-                             "--dim is 256 or more; below, a CUDA graph is faster)")
+                             "--dim is 256 or more; below, a CUDA graph; --no-compile: neither)")
     common.add_training_flags(parser, "run folder (default runs/uvit_fusion)", QUICK)
     common.add_config_flags(parser, Config, PRESETS)
 

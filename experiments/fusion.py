@@ -88,7 +88,7 @@ def compare(args, device, precision):
             cfg = dataclasses.replace(cfg, seed=seed)
             run = folder / f"{name}-{seed}"
             results[name].append(train_variant(cfg, data, run, args, device, precision))
-    costs = step_costs(variants, device, precision)
+    costs = step_costs(variants, device, precision, args.compile)
     figures = accuracy_table(results, costs, base.steps)
     figures |= time_table(results, costs)
     figures |= paired_differences(results)
@@ -283,7 +283,7 @@ class TrainingStep:
             self.diffusion.sample(denoiser, x, steps)
 
 
-def step_costs(variants, device, precision, wanted=False, rounds=10):
+def step_costs(variants, device, precision, wanted=None, rounds=10):
     """{name: {parameters, gflops, ms, sample_ms}} of variants {name: Config}.
 
     wanted: whether to compile, as in `uvit_fusion.should_compile`.

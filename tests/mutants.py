@@ -248,6 +248,7 @@ MUTANTS = {
         ("a graph forgets the first part's gradients", "uvit_fusion.suits_graph",
          "cfg.accumulate == 1 and ", ""),
         ("a graph for wide networks too", "uvit_fusion.suits_graph", "cfg.dim < 256 and ", ""),
+        ("no way to debug on a GPU", "uvit_fusion.prepare_network", "wanted is None and ", ""),
         ("a GPU is never asked for a compiler", "uvit_fusion.should_compile",
          'device.type == "cuda" and', "False and"),
         ("the loss of the first part alone", "uvit_fusion.backward",

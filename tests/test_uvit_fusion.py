@@ -753,7 +753,7 @@ def test_without_a_compiler_a_training_goes_on_without_it(monkeypatch, capsys):
 
 @pytest.mark.parametrize("device, changes, wanted, expected", [
     ("cpu", {}, None, "as it is"), ("cpu", {}, True, "compiled"), ("cpu", {}, False, "as it is"),
-    ("cuda", {}, None, "graph"), ("cuda", {}, True, "compiled"),
+    ("cuda", {}, None, "graph"), ("cuda", {}, True, "compiled"), ("cuda", {}, False, "as it is"),
     ("cuda", {"dim": 256}, None, "compiled"), ("cuda", {"dim": 256}, False, "as it is"),
     ("cuda", {"accumulate": 2}, None, "compiled"), ("cuda", {"accumulate": 2}, False, "as it is"),
     ("cuda", {"recompute": True}, None, "compiled"),
@@ -777,6 +777,14 @@ def test_a_gpu_gets_a_graph_or_a_wide_network_compiled(
         network = uvit_fusion.prepare_network(
             model, cfg, torch.device(device), torch.bfloat16, wanted)
     assert network == expected or (expected == "as it is" and network is model)
+
+
+def test_a_network_that_cannot_be_a_graph_says_what_to_do(monkeypatch):
+    def capture(model, inputs):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    with pytest.raises(UserError, match=r"capturing: train with --no-compile$"):
+        uvit_fusion.capture_graph(None, tiny_cfg(""), CPU, torch.float32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; experiments/gpu.sh runs it")
