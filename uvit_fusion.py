@@ -821,21 +821,6 @@ def rank_0_first(rank, world_size):
         dist.barrier()
 
 
-def suits_graph(cfg, device):
-    """Whether training is fastest as a CUDA graph: on one GPU, if kernels are short."""
-    # a graph can neither add to the gradients of an earlier part nor run DDP's hooks
-    possible = cfg.accumulate == 1 and not cfg.recompute and not dist.is_initialized()
-    # in a wider network kernels take longer to run than to launch: it gains more by compiling
-    return device.type == "cuda" and cfg.dim < 256 and possible
-
-
-def should_compile(cfg, device, wanted):
-    """wanted, from --compile; without the flag (None), on a GPU, unless a graph is faster."""
-    if wanted is None:
-        return device.type == "cuda" and not suits_graph(cfg, device)
-    return wanted
-
-
 def compile_network(network, device):
     """torch.compile of a module or function, or `network` itself where that does not work."""
     try:
@@ -868,14 +853,19 @@ def capture_graph(model, cfg, device, precision):
 
 
 def prepare_network(model, cfg, device, precision, wanted):
-    """`model` as `train` calls it, with the same weights.
+    """`model` as `train` calls it, with the same weights: compiled, or on a GPU a CUDA graph.
 
-    wanted: from --compile; False: each operation as it is written, so that print works in it.
+    wanted: whether to compile; None: what is fastest; False: neither, so that print works in it.
     """
-    if should_compile(cfg, device, wanted):
-        return compile_network(model, device)
-    if wanted is None and suits_graph(cfg, device):
+    on_gpu = device.type == "cuda"
+    # in a wide network kernels take longer to run than to launch: it gains more by compiling;
+    # a graph can neither add to the gradients of an earlier part nor run DDP's hooks
+    suits_graph = (on_gpu and cfg.dim < 256 and cfg.accumulate == 1 and not cfg.recompute
+                   and not dist.is_initialized())
+    if wanted is None and suits_graph:
         return capture_graph(model, cfg, device, precision)
+    if wanted or (wanted is None and on_gpu):
+        return compile_network(model, device)
     return model
 
 

@@ -252,7 +252,7 @@ class TrainingStep:
         self.network = uvit_fusion.prepare_network(self.model, cfg, device, precision, wanted)
         # another network: a compiled `denoise` within a compiled `forward` would be compiled twice
         self.sampler = UViT(cfg).to(device)
-        if uvit_fusion.should_compile(cfg, device, wanted):
+        if self.network is not self.model:
             self.sampler.denoise = uvit_fusion.compile_network(self.sampler.denoise, device)
         self.optimizers = uvit_fusion.make_optimizers(
             self.model, cfg, precision, cfg.muon_names())
@@ -286,7 +286,7 @@ class TrainingStep:
 def step_costs(variants, device, precision, wanted=None, rounds=10):
     """{name: {parameters, gflops, ms, sample_ms}} of variants {name: Config}.
 
-    wanted: whether to compile, as in `uvit_fusion.should_compile`.
+    wanted: whether to compile, as in `uvit_fusion.prepare_network`.
     They take turns and the median counts, so that other work on the machine affects all alike.
     """
     steps = {name: TrainingStep(cfg, device, precision, wanted)
@@ -321,7 +321,7 @@ def cost(args, device, precision):
     batch_size = getattr(args, "batch_size", 256 if on_gpu else 32)
     sweep = SWEEP
     # compiling takes a minute a row
-    if uvit_fusion.should_compile(Config(**PRESETS["coco"]), device, args.compile):
+    if args.compile or (args.compile is None and on_gpu):
         sweep = {name: SWEEP[name] for name in ("early", "intermediate")}
     figures = cost_table("coco", sweep, batch_size, 8, args, device, precision)
     latents_per_second = 1e3 / figures["intermediate_sample_ms"]
