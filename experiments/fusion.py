@@ -252,7 +252,7 @@ class TrainingStep:
         self.network = uvit_fusion.prepare_network(self.model, cfg, device, precision, wanted)
         # another network: a compiled `denoise` within a compiled `forward` would be compiled twice
         self.sampler = UViT(cfg).to(device)
-        if self.network is not self.model:
+        if self.network is not self.model:                                # it was compiled
             self.sampler.denoise = uvit_fusion.compile_network(self.sampler.denoise, device)
         self.optimizers = uvit_fusion.make_optimizers(
             self.model, cfg, precision, cfg.muon_names())

@@ -7,7 +7,8 @@ out=${1:-runs/gpu}
 mkdir -p "$out"
 nvidia-smi --query-gpu=name,driver_version --format=csv | tee "$out/gpu.txt"
 
-python -m pytest -q tests/test_uvit_fusion.py -k graph                 # it trains as without it
+# a CUDA graph trains as single kernels do; else the times below are worth nothing
+python -m pytest -q tests/test_uvit_fusion.py -k graph
 
 # the toy flagship: ms a step, seconds in all and until 80 % are right
 python uvit_fusion.py --train --out "$out/flagship" --overwrite 2>&1 | tail -n 16 \
