@@ -686,15 +686,15 @@ class Pipeline:
     def loss(self, dataset):
         """The loss over all images of a dataset, a scalar.
 
-        Captions, t and noise are the same in every call, so losses can be compared; t has the power
-        with which training ends.
+        Captions, t and noise are the same in every call and on every device, so losses can be
+        compared; t has the power with which training ends.
         """
         images, captions, _ = zip(*[dataset[i, i] for i in range(len(dataset))])
-        torch.manual_seed(0)                                     # each training step sets its own
-        x_0 = self.encode(torch.stack(images))
+        x_0 = self.encode(torch.stack(images), sample=False)
         text, mask = self.text_encoder(list(captions))
-        t = self.diffusion.sample_timesteps(len(x_0), self.cfg.time_power, self.device)
-        eps = torch.randn_like(x_0)
+        torch.manual_seed(0)                                     # each training step sets its own
+        t = self.diffusion.sample_timesteps(len(x_0), self.cfg.time_power, "cpu").to(self.device)
+        eps = torch.randn(x_0.shape).to(self.device)
         with common.autocast(self.device, self.precision):
             return diffusion_loss(self.model, self.diffusion, x_0, t, eps, text, mask)
 
