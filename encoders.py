@@ -91,6 +91,14 @@ def reason_not_loaded(error):
     return message.split("\n")[0]
 
 
+def attention_kernel(device):
+    """transformers' attn_implementation: plain on CPUs, whose fused kernel is slow; None: its own.
+
+    Not "sdpa" elsewhere, which BLIP and Mask2Former refuse.
+    """
+    return "eager" if torch.device(device).type == "cpu" else None
+
+
 def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", **kwargs):
     """A frozen model of transformers (class name `kind`) and its tokenizer or other processor.
 
@@ -101,9 +109,7 @@ def load_pretrained(kind, path, flag, name, device, processor="AutoTokenizer", *
 
     transformers.utils.logging.set_verbosity(50)        # its warnings are for developers
     transformers.utils.logging.disable_progress_bar()
-    # the fused attention kernel is slow on CPUs for short sequences
-    kernel = "eager" if torch.device(device).type == "cpu" else "sdpa"
-    kwargs = {"attn_implementation": kernel} | kwargs
+    kwargs = {"attn_implementation": attention_kernel(device)} | kwargs
     trust = common.TRUST_REMOTE_CODE
     try:
         check_path(path)

@@ -91,7 +91,7 @@ ABLATIONS = {
     "layer_last": {"llm_layer": -1},
     "embeddings_and_last": {},
     "no_mask": {},
-    "no_window": {"conv_kernel": 1},            # a token's neighbours do not reach it
+    "no_window": {"conv_kernel": 1},            # the convolution sees one token
     "mlp": {},
     "mlp_last": {"llm_layer": -1},
     "no_stage_1": {},
@@ -156,7 +156,7 @@ def own_token(llm, texts):
     for part in (texts[:half], texts[half:]):
         h, mask = llm(part)
         mask[:, 0] = False                                        # the start says nothing
-        states.append(h[mask])                                                       # (N, D)
+        states.append(h[mask].cpu())                                                 # (N, D)
         tokens = llm.tokenizer(part).input_ids
         ids.append(torch.tensor([i for row in tokens for i in row[1:llm.length]]))
     return linear_map(states[0], ids[0], states[1]) == ids[1]
@@ -184,7 +184,7 @@ def narrative_colour(llm, scenes, captions, question):
     states = []
     for texts in (captions, narratives):
         h, mask = llm([text + question for text in texts])
-        states.append(h[torch.arange(len(h)), mask.sum(1) - 1])                      # (N, D)
+        states.append(h[torch.arange(len(h)), mask.sum(1) - 1].cpu())                # (N, D)
     return linear_map(states[0], labels, states[1]) == labels
 
 

@@ -196,3 +196,11 @@ def refused(result, *words):
     assert len(lines) == 1 and "Traceback" not in errors, errors
     for word in words:
         assert str(word) in lines[0], errors
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Scripts run on a pretended GPU, where tensors of two devices must not meet: tests/gpu.py."""
+    import gpu
+    with gpu.pretended(monkeypatch):
+        yield

@@ -548,6 +548,21 @@ def test_a_run_is_loaded_with_what_was_tuned_or_without(world, monkeypatch):
     assert set(base.uvit.state_dict()) == set(tuned.pipeline.model.state_dict())
 
 
+def test_on_a_gpu_a_matcher_is_tuned_and_matches(tmp_path, base, pretended_gpu):
+    shapes.build(tmp_path / "data" / "shapes", 24, train=60, val=80)
+    matching.build_matching(tmp_path / "data" / "shapes", 24, train=8, test=2, others=2)
+    shutil.copytree(base, tmp_path / "base")
+    retrieval = ["--retrieval", "shapes", "--pool-size", 4]
+    for script, *flags in (
+            ("dsd.py", "--train", "--base", "base", "--shots", 8, "--steps", 2, "--batch-size", 2,
+             "--evaluations", 1),
+            ("dsd.py", "data/shapes/val2017/000000000001.png", "two red circles", "a red circle"),
+            ("experiments.dsd", "grade", *retrieval, "--score", "hybrid"),
+            ("experiments.dsd", "grade", *retrieval, "--score", "itm", "--evaluations", 2)):
+        status, _, errors = run(script, *flags, cwd=tmp_path)
+        assert status == 0, errors
+
+
 def test_texts_are_ranked_for_an_image_and_drawn(world, tmp_path):
     image = "coco/val2017/000000000001.jpg"
     status, out, errors = run("dsd.py", image, "a man on a horse", "two red circles", "x",

@@ -31,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import common
+import encoders
 from common import autocast
 from image_data import CaptionedImages, batches
 from toy import language, shapes
@@ -107,14 +108,9 @@ def new_model(model_class, config, seed):
     torch.manual_seed(seed)
     device = common.pick_device()
     precision = common.pick_precision("auto", device)
-    model = model_class._from_config(config, attn_implementation=kernel_for(model_class))
+    model = model_class._from_config(
+        config, attn_implementation=encoders.attention_kernel(device))
     return model.to(device), device, precision
-
-
-def kernel_for(model_class):
-    """The attention kernel; the fused one is slow on CPUs at short sequences, and BLIP has none."""
-    fused = common.pick_device().type != "cpu" and model_class._supports_sdpa
-    return "sdpa" if fused else "eager"
 
 
 def muon_and_adamw(model, precision, *layers, rate=1.0):
@@ -331,9 +327,9 @@ def instructed_llm(data="data/shapes", folder=INSTRUCTED_FOLDER, llm_folder=LLM_
     rng = random.Random(seed)
     scenes = scenes_of(CaptionedImages(data, "train", SIZE))
     tokenizer = transformers.AutoTokenizer.from_pretrained(llm_folder)
-    model = transformers.LlamaForCausalLM.from_pretrained(
-        llm_folder, attn_implementation=kernel_for(transformers.LlamaForCausalLM))
     device = common.pick_device()
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        llm_folder, attn_implementation=encoders.attention_kernel(device))
     precision = common.pick_precision("auto", device)
     model = model.to(device).train()
     optimizers = muon_and_adamw(model, precision, model.model.layers, rate=0.5)
