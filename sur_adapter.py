@@ -20,7 +20,8 @@ The LLM is not needed to generate images.
       + prompt_weight D(text encoder(k), y)
       + llm_weight    D(P mean LLM(v), mean y)             for the v of triples, and for others
     P: an affine map from the LLM's width to d, fitted once to the triples to bring P mean LLM(v)
-       near mean text encoder(k); means are over tokens, and the last also stands in for the padding
+       near mean text encoder(k). mean LLM(v) is over the tokens of v; the other means are over all
+       L positions, with the last token repeated over the padding.
 
 fc starts at zero: at first y = x. The empty prompt of guidance goes through the adapter, too.
 
@@ -57,7 +58,7 @@ import toy.narratives
 import toy.validation
 import uvit_fusion
 from common import UserError
-from uvit_fusion import Attention, diffusion_loss, padding_bias, softmax_attention
+from uvit_fusion import Block, diffusion_loss, padding_bias, softmax_attention
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Config:
     llm_weight: float = 2.0         # weight of the distance to the LLM
     llm_student: Literal["y", "h"] = "y"  # what the LLM teaches; the paper: h
     llm_projection: Literal["fitted", "random"] = "fitted"  # P; the paper: random
-    temperature: float = 4.0        # T of both distances; at 1 they hardly see features below 0
+    temperature: float = 4.0        # T of both distances; at 1 very negative features hardly count
     steps: int = 2800               # training steps
     batch_size: int = 64            # triples per step
     images: int = 16                # triples per step with a noise loss, the costly term
@@ -107,7 +108,7 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    # the values of the release, made for Stable Diffusion 1.5 and a LLaMA of 13 billion parameters
+    # the values of the release, made for Stable Diffusion 1.5 and LLaMA-13B; for P see the docs
     "paper": dict(
         base="runs/coco", llm="lmsys/vicuna-13b-v1.5", instruction="", data="SURD",
         heads=8, feed_forward=2048, residual="x", eta=0.1,
@@ -122,23 +123,6 @@ QUICK = dict(out="runs/quick_sur_adapter", samples=128, steps=200, warmup=20)
 
 
 # ------------------------------------------------------------------------------------ the adapter
-class EncoderBlock(nn.Module):
-    """A pre-norm transformer block, (B, L, d) -> (B, L, d), near the identity at first."""
-    def __init__(self, dim, heads, feed_forward):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, feed_forward), nn.GELU(), nn.Linear(feed_forward, dim))
-        nn.init.zeros_(self.attn.proj.weight)
-        nn.init.zeros_(self.mlp[2].weight)
-
-    def forward(self, h, bias=None):
-        h = h + self.attn(self.norm1(h), bias=bias)
-        return h + self.mlp(self.norm2(h))
-
-
 class Adapter(nn.Module):
     """Text features x -> features y of the same shape; dim: d."""
     def __init__(self, cfg, dim):
@@ -148,7 +132,10 @@ class Adapter(nn.Module):
         self.eta = cfg.eta
         self.residual = cfg.residual
         self.encoder_blocks = nn.ModuleList(
-            EncoderBlock(dim, cfg.heads, cfg.feed_forward) for _ in range(cfg.layers))
+            Block(dim, cfg.heads, hidden=cfg.feed_forward) for _ in range(cfg.layers))
+        for block in self.encoder_blocks:                  # near the identity at first
+            nn.init.zeros_(block.attn.proj.weight)
+            nn.init.zeros_(block.mlp.fc2.weight)
         self.query = nn.Linear(dim, dim, bias=False)                                # W_q
         self.key = nn.Linear(dim, dim, bias=False)                                  # W_k
         self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
@@ -158,7 +145,7 @@ class Adapter(nn.Module):
 
     def encode(self, x, bias):
         for block in self.encoder_blocks:
-            x = block(x, bias)
+            x = block(x, bias=bias)
         return x
 
     def forward(self, x, mask):
@@ -213,13 +200,14 @@ def fit_and_project(cfg, llm_means, rows, targets):
     targets = targets.double()
     known = llm_means[rows]
     z = (llm_means - known.mean(0)) / (known.std(0) + 1e-3)   # mean 0, deviation 1 over triples
-    a = z[rows]
-    b = targets - targets.mean(0)
+    X = z[rows]                                                                     # (n, llm_dim)
+    Y = targets - targets.mean(0)                                                         # (n, d)
+    width = X.shape[1]
     if cfg.llm_projection == "fitted":
-        # ridge regression, P = argmin |a P - b|^2 + 10 |P|^2
-        P = torch.linalg.solve(a.T @ a + 10 * torch.eye(len(a.T)), a.T @ b)
-    else:
-        P = torch.randn(len(a.T), len(b.T), dtype=a.dtype) / len(a.T)**0.5
+        # ridge regression, P = argmin |X P - Y|^2 + 10 |P|^2
+        P = torch.linalg.solve(X.T @ X + 10 * torch.eye(width), X.T @ Y)
+    else:                                     # the release maps the raw states, and adds no mean
+        P = torch.randn(width, Y.shape[1], dtype=X.dtype) / width**0.5
     return (z @ P + targets.mean(0)).float()
 
 
@@ -256,16 +244,16 @@ def load_triples(pipeline, root):
     in place of a caption; texts are the lines of narratives.txt, if there is one: further
     narratives without an image or keyword prompt.
     """
-    items = []
-    for path, captions, line in pipeline.dataset(root, "train").items:
-        if not isinstance(line.get("prompt"), str):
-            raise UserError(f"--data {root}: expected metadata.jsonl with lines "
-                            '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
-        items.append((path, [(captions[0], line["prompt"])], line))
+    dataset = pipeline.dataset(root, "train")
+    expected = ('expected metadata.jsonl with lines '
+                '{"file_name": ..., "text": (narrative), "prompt": (keywords)}')
+    with common.reading(f"--data {root}", expected):
+        dataset.items = [(path, [(captions[0], image_data.one_line(line["prompt"]))], line)
+                         for path, captions, line in dataset.items]
     path = Path(root) / "narratives.txt"
     lines = common.read_text(path).splitlines() if path.exists() else []
     texts = [image_data.one_line(line) for line in lines if line.strip()]
-    return pipeline.dataset(root, "train", items), texts
+    return dataset, texts
 
 
 def encode_once(pipeline, llm, instruction, texts):
@@ -375,7 +363,7 @@ def attach(pipeline, path):
     """
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
-    adapted = not isinstance(pipeline.text_encoder, encoders.TextEncoder)      # by some method
+    adapted = not isinstance(pipeline.text_encoder, encoders.TextEncoder)      # already
     if adapted or pipeline.identity() != cfg.base_identity:
         raise UserError(f"the adapter in {folder}/ was trained for {cfg.base} as it was then, not "
                         "for this network and text encoder: name its base with --run")

@@ -118,9 +118,9 @@ class Config:
     accumulate: int = 1  # gradient accumulation: parts that a batch is split into
     recompute: bool = False  # activation checkpointing: less memory, a third more work
     seed: int = 0  # of weights, order and noise
-    snapshot_at: tuple = (1400,)  # steps whose EMA weights are kept, for fine_rewards.py (0: none)
+    snapshot_at: tuple = (1400,)  # when the EMA weights are kept, for fine_rewards.py (0: never)
     # the sampling: defaults of Pipeline.generate
-    guidance: float = 3.0  # w
+    guidance: float = 3.0  # w of uncond + w (cond - uncond); 1: no guidance
     guidance_interval: tuple = (0.6, 1.0)  # guide only where t / T is in this range
     sampler: Literal["ddpm", "ddim", "dpm"] = "ddpm"  # ancestral, DDIM, DPM-Solver++ 2M
     # the data
@@ -240,23 +240,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; with `skip`, it takes in a long skip first."""
-    def __init__(self, dim, heads, skip=False):
+    """A pre-norm transformer block; with `skip`, it takes in a long skip first.
+
+    hidden: width of the MLP's hidden layer (default 4 D).
+    """
+    def __init__(self, dim, heads, skip=False, hidden=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim)
+        self.mlp = MLP(dim, hidden or 4 * dim)
         if skip:
             self.skip_linear = nn.Linear(2 * dim, dim)
 
@@ -845,7 +848,7 @@ def capture_graph(model, cfg, device, precision):
     mask = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
     # gradients come from another stream than in the capture: a moment's wait, no error
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-    # without the cache, each replay converts the weights to bf16 anew
+    # autocast must not cache bf16 weights: replays would use those of the capture
     autocast = torch.autocast(
         "cuda", torch.bfloat16, precision == torch.bfloat16, cache_enabled=False)
     with common.reading("the network as a CUDA graph", "train with --no-compile"), autocast:
@@ -913,12 +916,12 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
     if cfg.init not in ("fan_in", "published"):
         init_from_file(model, cfg.init)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    # lists, since each walk through the modules would cost a step a millisecond
+    # listed once: to walk through the modules takes a millisecond a step
     parameters = list(model.parameters())
     ema_parameters = list(ema.parameters())
     optimizers = make_optimizers(model, cfg, precision, cfg.muon_names())
     pipeline = Pipeline(ema, text_encoder, cfg, device, precision, vae)
-    # before latents are computed: bad data stop here, not after hours
+    # first, since it reads the data: bad ones fail here, not after hours of encoding
     validation = Validation(pipeline, data, folder, args.validation_samples)
     with rank_0_first(rank, world_size):
         dataset = pipeline.dataset(data, "train")                # it may compute latents
@@ -935,7 +938,7 @@ def train(cfg, data, folder, args, device, precision, rank=0, world_size=1):
         text_encoder.keep(every_caption, progress=rank == 0)
     for step, (images, captions) in enumerate(loader, run.start + 1):
         # step n depends on n alone: a resumed run equals an uninterrupted one
-        torch.manual_seed((cfg.seed * 10**9 + step) * world_size + rank)
+        torch.manual_seed(cfg.seed * 10**9 + step * world_size + rank)
         set_learning_rate(optimizers, cfg, step)
         x_0 = pipeline.encode(images)                                            # (B, C, S, S)
         text, mask = text_encoder(drop_captions(captions, cfg.caption_dropout))

@@ -319,6 +319,13 @@ def test_a_step_learns_from_the_weighted_terms_of_its_triples(
     assert set(others) == {"a woman on a mule", "no one on a ladder"}
 
 
+def test_on_a_gpu_an_adapter_is_trained_and_attached(world, llm_folder, pretended_gpu):
+    status, _, errors = train(world, llm_folder, "--llm-projection", "random", out="on_gpu")
+    assert status == 0, errors
+    status, _, errors = run("sample.py", "a man", "--run", "base", "--adapter", "on_gpu", cwd=world)
+    assert status == 0, errors
+
+
 def test_a_training_that_was_cut_equals_an_uninterrupted_one(world, llm_folder, monkeypatch):
     calls = []
 
