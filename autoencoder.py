@@ -9,10 +9,11 @@ The encoder gives a normal distribution; every use of an image takes a new sampl
     z = mean + exp(logvar / 2) noise       sample_latents
     x = decode(z)                          z (B, 4, S/8, S/8) -> (B, 3, S, S)
 
-Both networks are convolutions, one the mirror image of the other. Channels x side at 256 pixels:
+Both networks are convolutions, one the mirror image of the other. What each level gives, channels
+x side^2, for an image of 256 pixels:
 
-    encoder  3 -> 128 x 256^2 -> 128 x 128^2 -> 256 x 64^2 -> 512 x 32^2 -> middle -> 2 * 4 x 32^2
-    decoder  4 -> middle -> 512 x 32^2 -> 512 x 64^2 -> 512 x 128^2 -> 256 x 256^2 -> 128 -> 3
+    encoder  3 -> 128 x 256^2 -> 256 x 128^2 -> 512 x 64^2 -> 512 x 32^2 -> middle -> 2 * 4 x 32^2
+    decoder  4 -> middle -> 512 x 32^2 -> 512 x 64^2 -> 256 x 128^2 -> 128 x 256^2 -> 3
 
 The published weights are used as they are; nothing is trained here. One CPU core takes 3.3 s to
 encode such an image and 6.3 s to decode it. So the latents of a data set are computed once and

@@ -3,7 +3,7 @@
     flags      -> make_config -> a dataclass of settings
     a training -> Run         -> runs/<name>/{config.json, model.safetensors, metrics.csv, ...}
 
-Nothing here belongs to one method. A user's mistake raises `UserError`; `entry` prints one line.
+A user's mistake raises `UserError`; `entry` prints one line.
 """
 import argparse
 import contextlib
@@ -68,7 +68,7 @@ def system_failure(error):
     if "DataLoader worker" in text:
         return f"a process that reads images died ({text.splitlines()[0]}): try fewer --workers"
     out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if out_of_memory or re.search("allocate memory|out of memory|overflow", text):
+    if out_of_memory or re.search("allocate memory|out of memory|size calculation overflow", text):
         return "out of memory: try a smaller --batch-size or a smaller network"
     return ""
 
@@ -151,23 +151,22 @@ def fingerprint(model, extra=""):
     return digest.hexdigest()
 
 
-def feature_statistics(features):
-    """Mean (D,) and unbiased covariance (D, D), float64, of features (N, D)."""
-    features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+def frechet_distance(x, y):
+    """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)): features (N, D), (M, D) -> float
 
-
-def frechet_distance(mu_1, sigma_1, mu_2, sigma_2):
-    """|mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)), of two Gaussians.
-
-    On Inception features it is the FID (Heusel et al. 2017, arXiv 1706.08500). S_1 S_2 has the
-    eigenvalues of the symmetric S_1^(1/2) S_2 S_1^(1/2), so eigh is enough.
+    mu and S are mean and covariance of the features. Of Inception's, it is the FID (Heusel et al.
+    2017, arXiv 1706.08500). S_x S_y has the eigenvalues of the symmetric S_x^(1/2) S_y S_x^(1/2),
+    so eigh is enough.
     """
-    values, vectors = np.linalg.eigh(sigma_1)
+    x = np.asarray(x, np.float64)
+    y = np.asarray(y, np.float64)
+    s_x = np.cov(x, rowvar=False)
+    s_y = np.cov(y, rowvar=False)
+    values, vectors = np.linalg.eigh(s_x)
     root = vectors * values.clip(0)**0.5 @ vectors.T    # rounding leaves values just below 0
-    trace = (np.linalg.eigvalsh(root @ sigma_2 @ root).clip(0)**0.5).sum()
-    distance = ((mu_1 - mu_2)**2).sum() + np.trace(sigma_1) + np.trace(sigma_2) - 2 * trace
-    return max(0.0, float(distance))
+    trace = (np.linalg.eigvalsh(root @ s_y @ root).clip(0)**0.5).sum()
+    means = ((x.mean(0) - y.mean(0))**2).sum()
+    return max(0.0, float(means + np.trace(s_x) + np.trace(s_y) - 2 * trace))
 
 
 # -------------------------------------------------------------------------------------------- LoRA
@@ -495,7 +494,7 @@ def check_value(kind, default, value):
 BOUNDS = {
     "steps": (1, 2**31), "batch_size": (1, 2**20), "warmup": (0, 2**31), "decay": (0, 1),
     "lr": (1e-12, 1e3), "muon_lr": (1e-12, 1e3), "betas": (0, 1 - 1e-9), "ema": (0, 1),
-    "caption_dropout": (0, 1), "heads": (1, 1000), "seed": (0, 2**32 - 1),
+    "caption_dropout": (0, 1), "heads": (1, 1000), "seed": (0, 10**8),
 }
 
 
@@ -862,8 +861,8 @@ def peak_memory_mb():
         import resource
     except ImportError:                                 # Windows
         return math.nan
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    unit = 1 if sys.platform == "darwin" else 1024      # macOS gives bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def write_results(folder, figures):

@@ -60,7 +60,7 @@ from toy import matching
 @dataclass
 class Config:
     base: str = "runs/uvit_fusion"  # run of uvit_fusion.py or fine_rewards.py to match with
-    score: Literal["attention", "hybrid"] = "attention"  # hybrid: plus the drop in error from text
+    score: Literal["attention", "hybrid"] = "attention"  # hybrid: also the error that text saves
     times: tuple = (20, 400)        # lowest and highest t
     evaluations: int = 4            # values of t, evenly spaced: network evaluations a candidate
     prompts: int = 4                # learned prompt embeddings
@@ -96,7 +96,7 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    # the release, for RefCOCOg
+    # the release, for RefCOCOg; steps and batch size are the toy's
     "paper": dict(
         base="runs/coco256", score="hybrid", times=(10, 990), evaluations=10, prompts=0,
         head_weights=False, lora_mlp=False, data="refcocog_train.jsonl", shots=0.05, negatives=9,
@@ -184,7 +184,7 @@ class Matcher(nn.Module):
     def predict_eps_without_text(self, x_t, t):
         """eps_theta(x_t, "") of each candidate, (B, C, S, S); equal x_t are evaluated once."""
         x_t, candidate = x_t.unique(dim=0, return_inverse=True)
-        t = t.new_zeros(len(x_t)).scatter(0, candidate, t)      # the t of each x_t that is left
+        t = t.new_zeros(len(x_t)).scatter(0, candidate, t)      # one t for each distinct x_t
         y, mask = self.encode_text([""])
         y = y.expand(len(x_t), -1, -1)
         _, _, output = self.attention_logits(x_t, t, y, mask.expand(len(x_t), -1))
@@ -203,7 +203,7 @@ class Matcher(nn.Module):
         to_words, to_keys, output = self.attention_logits(x_t, t, y, mask)
         score = self.attention(to_words, to_keys)
         if self.cfg.score == "hybrid":
-            _, eps_theta = diffusion.predict(output, x_t, t)    # whatever the network predicts
+            _, eps_theta = diffusion.predict(output, x_t, t)    # as eps, whatever its target
             eps_empty = self.predict_eps_without_text(x_t, t)
             # L2 norms, of the whole error of a pair
             without_text = torch.linalg.vector_norm(eps_empty - eps, dim=(1, 2, 3))       # (B,)

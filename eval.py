@@ -125,11 +125,6 @@ def cmmd(x, y, sigma=10.0):
     return float(1000 * (same - 2 * mean_kernel(x, y, sigma)))
 
 
-def fid(x, y):
-    """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^(1/2)): features (N, D), (M, D) -> float"""
-    return common.frechet_distance(*common.feature_statistics(x), *common.feature_statistics(y))
-
-
 # ----------------------------------------------------------------------------------------- quality
 def quality(pipeline, dataset, samples, clip, inception, sampling, workers=None):
     """Generates images for captions of `dataset` and compares them with its own: {name: figure}.
@@ -156,7 +151,8 @@ def quality(pipeline, dataset, samples, clip, inception, sampling, workers=None)
     }
     if inception:
         toy_images = "scene" in dataset.items[0][2]
-        figures["toy_inception_distance" if toy_images else "fid"] = fid(x_inception, y_inception)
+        figures["toy_inception_distance" if toy_images else "fid"] = common.frechet_distance(
+            x_inception, y_inception)
     figures["quality_samples"] = samples
     return figures
 

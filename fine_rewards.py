@@ -34,8 +34,8 @@ Differs from the paper [what its release does]; docs/fine_rewards.md has the res
  3. A label's score is an expectation, in a fresh context [digits from one long conversation].
  4. A segmenter finds the parts, or with --sam SAM does: segmenter.py [tags of a tagger, no SAM].
  5. toy: three rewards vote, with weights 1, 0.5, 1; the model learns from the best 80 % of the
-    selected images and half as many real ones, which keep variety [caption and SAM reward and a
-    CLIP tuned to human taste; all of the selected images, and no others].
+    selected images and half as many real ones, which keep variety [caption and SAM reward, the
+    former by a CLIP tuned to human taste; all of the selected images, and no others].
  6. Two optional additions: --sam-score two-sided also sees what is missing; --learn dpo.
 """
 import argparse
@@ -341,6 +341,7 @@ def round_prompts(cfg, dataset, n):
 def sample_candidates(cfg, pipeline, prompts, n):
     """K candidates for each of P prompts, each from its own noise: (P, K, H, W, 3) uint8."""
     repeated = [prompt for prompt in prompts for _ in range(cfg.candidates)]
+    # seed 0 is that of the images which are graded
     images = pipeline.generate(repeated, steps=cfg.sample_steps, guidance=cfg.candidate_guidance,
                                seed=100 * cfg.seed + n + 1, progress=True)
     return images.reshape(len(prompts), cfg.candidates, *images.shape[1:])
@@ -438,7 +439,7 @@ def finetune_lora(cfg, pipeline, images, prompts, n, folder, args, rejected=None
             len(x_0), pipeline.cfg.time_power, pipeline.device)                  # as for the base
         eps = torch.randn_like(x_0)
         if cfg.learn == "dpo":
-            worst = pipeline.encode(rejected[chosen])        # like the best: outside autocast
+            worst = pipeline.encode(rejected[chosen])        # encoded in fp32, like x_0
         with common.autocast(pipeline.device, pipeline.precision):
             if cfg.learn == "dpo":
                 loss = dpo_loss(tuned, pipeline.model, cfg.beta, pipeline.diffusion,
@@ -500,9 +501,11 @@ def raft(cfg, pipeline, rewards, dataset, folder, args):
     folder/round1/, round2/, ... are the run folders of the rounds, each with the images that it
     adds in chosen.pt. With args.resume, finished parts are kept.
     """
-    if not args.resume:
+    if not args.resume:                              # an old model must not follow a new round
         for old in folder.glob("round[0-9]*"):
             shutil.rmtree(old)
+        for name in ("model.safetensors", "results.json"):
+            (folder / name).unlink(missing_ok=True)
     images = []                                      # of all rounds so far
     rejected = []
     prompts = []

@@ -106,7 +106,7 @@ class Config:
     seed: int = 0  # of weights, order and noise
     # the data
     data: str = "shapes"  # shapes (the toy world), or a folder: MS-COCO, or .txt beside images
-    parallel: str = ""  # stage 1: pairs, {"text": ..., "english": ...} per line; "": captions only
+    parallel: str = ""  # stage 1: pairs, {"text": ..., "english": ...} per line; "": toy's or none
     quality: str = "quality"  # stage 3: field of the annotations with the score, or a JSON file
     quality_split: str = "quality"  # stage 3: split that the images are taken from
     best: float = 0.06  # stage 3: share of the images, those with the highest scores
@@ -129,7 +129,7 @@ class Config:
 
 PRESETS = {
     "toy": {},
-    # the release's sizes and rates; the rest as in toy
+    # widths, blocks, rates, warm-up are the release's; its batch size is 512
     "coco": dict(
         # the paper's LLM is baichuan-inc/Baichuan2-7B-Chat, which needs --trust-remote-code
         base="runs/coco256", llm="Qwen/Qwen2.5-7B-Instruct", llm_layer=-1,
@@ -221,7 +221,7 @@ def cos_len(pred, target, length_weight):
 
 
 def alignment_loss(cfg, adapter, h, h_mask, c, c_mask, mask_text):
-    """L_1, the mean over a batch of texts.
+    """L_1 of a batch of texts; the cosine is a mean over all their tokens.
 
     h (B, n, llm_dim), h_mask (B, n): of the LLM; c (B, L, text_dim), c_mask (B, L): of the text
     encoder, for the same in English. mask_text: False for a U-ViT that attends to padding.
@@ -233,7 +233,7 @@ def alignment_loss(cfg, adapter, h, h_mask, c, c_mask, mask_text):
 
 
 def stage1_loss(cfg, adapter, base, llm, pairs):
-    """L_1, the mean over pairs (text, the same in English)."""
+    """L_1 of pairs (text, the same in English)."""
     # The longest quarter is separate, since all texts of a batch are padded to its longest: a step
     # took 0.59 s with the batch in one piece and 0.27 s in two, on one core of an AMD EPYC.
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))
@@ -314,6 +314,7 @@ def train_stage(n, cfg, model, base, llm, data, folder, args):
     ema_parameters = list(ema.parameters())
     run = common.Run(folder, cfg, [model, ema, *optimizers], ema.state_dict(), args,
                      base.precision, title=f"stage {n}", dataset=None if n == 1 else data)
+    common.write_json(folder / "uvit.json", dataclasses.asdict(base.cfg))
     text_encoder = AdaptedEncoder(llm, model["adapter"], base.precision)
     if n == 1:
         steps = range(run.start + 1, cfg.steps + 1)
@@ -358,7 +359,8 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
     if args.overwrite:                              # an old stage must not follow a new one
         for n in (1, 2, 3):
             shutil.rmtree(folder / f"stage{n}", ignore_errors=True)
-        (folder / "results.json").unlink(missing_ok=True)
+        for name in ("model.safetensors", "results.json"):
+            (folder / name).unlink(missing_ok=True)
     later = folder / f"stage{max(stages) + 1}"
     if args.resume and later.exists():              # <folder> is a copy of the last stage
         raise UserError(f"--stages {max(stages)}: {later}/ already exists: leave --stages out")
@@ -366,8 +368,6 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
 
     for n in stages:
         stage_folder = folder / f"stage{n}"
-        stage_folder.mkdir(parents=True, exist_ok=True)
-        common.write_json(stage_folder / "uvit.json", dataclasses.asdict(base.cfg))
         if n == 1:
             stage_data = (captions, parallel)
         elif n == 2:

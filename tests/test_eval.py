@@ -166,9 +166,9 @@ def test_fid_of_two_normal_distributions_is_the_closed_form(rng):
     x = corners * a
     y = corners * b + shift
     expected = (shift**2).sum() + ((a - b)**2).sum()
-    assert grading.fid(x, y) == pytest.approx(expected)
+    assert common.frechet_distance(x, y) == pytest.approx(expected)
     turn = np.linalg.qr(rng.normal(size=(12, 12)))[0]            # the same in other axes
-    assert grading.fid(x @ turn.T, y @ turn.T) == pytest.approx(expected)
+    assert common.frechet_distance(x @ turn.T, y @ turn.T) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [9, 200])                      # 9: a singular covariance
@@ -179,10 +179,10 @@ def test_fid_is_that_of_scipys_matrix_root(rng, count):
     s_x, s_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = linalg.sqrtm(s_x @ s_y).real
     expected = ((x.mean(0) - y.mean(0))**2).sum() + np.trace(s_x + s_y - 2 * root)
-    assert grading.fid(x, y) == pytest.approx(expected, rel=1e-4)
+    assert common.frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
     # float32 features, as networks give them, of a set against itself
     features = torch.tensor(x, dtype=torch.float32)
-    assert grading.fid(features, features) < 1e-4
+    assert common.frechet_distance(features, features) < 1e-4
 
 
 # -------------------------------------------------------------------------------------------- CMMD
@@ -314,8 +314,7 @@ def test_generated_images_are_measured_against_their_captions_and_the_real_image
     assert figures["clip_score_real"] == pytest.approx(
         clip.score(clip.images(real), captions[:4]).mean().item(), abs=1e-4)
     assert figures["cmmd"] == pytest.approx(grading.cmmd(x, clip.images(real)), abs=1e-3)
-    quarters = [common.feature_statistics(network(images)) for images in (generated, real)]
-    expected = common.frechet_distance(*quarters[0], *quarters[1])
+    expected = common.frechet_distance(network(generated), network(real))
     assert expected > 1 and figures["fid"] == pytest.approx(expected, rel=1e-3)
 
 

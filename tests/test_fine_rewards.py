@@ -694,6 +694,14 @@ def test_a_finished_run_samples_and_learns_no_more(world, whole, dataset, tmp_pa
         raft(small(world, lr=0.1), load_base(world), None, dataset, tmp_path / "run", RESUME)
 
 
+def test_starting_over_leaves_no_old_model(world, whole, dataset, tmp_path, monkeypatch):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    monkeypatch.setattr(fine_rewards, "sample_candidates", None)         # stops it at once
+    with pytest.raises(TypeError):
+        raft(small(world), load_base(world), None, dataset, tmp_path / "run", NEW)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("damage", [
     lambda chosen: chosen.pop("prompts"), lambda chosen: chosen["prompts"].pop(),
     lambda chosen: chosen["prompts"].__setitem__(0, 5), lambda chosen: chosen.update(rejected=[]),
@@ -753,6 +761,12 @@ def test_a_training_ends_with_what_was_gained(world):
     refused(command(world, "--train", out="graded"), "graded/ already holds a run", "--resume")
 
 
+def test_on_a_gpu_a_training_works(world, pretended_gpu):
+    status, _, errors = command(world, "--train", "--sam-score", "two-sided", "--learn", "dpo",
+                                "--weights", 1, 1, 1, 1, out="on_gpu")
+    assert status == 0, errors
+
+
 def test_photographs_and_latents_are_learned_from_but_not_judged(world, clip_folder, tmp_path):
     make_coco(tmp_path / "coco")
     torch.manual_seed(0)
@@ -763,6 +777,7 @@ def test_photographs_and_latents_are_learned_from_but_not_judged(world, clip_fol
     status, _, errors = command(world, "--train", *flags, out="photographs")
     assert status == 0 and (world / "photographs" / "samples" / "validation.png").exists(), errors
     assert not (world / "photographs" / "rewards.png").exists()
+    assert {"seconds", "peak_memory_mb", "command"} <= set(results(world / "photographs"))
     tuned = sample.load_run(world / "photographs", "cpu", "fp32")
     assert tuned.generate(["a man"], steps=1).shape == (1, 32, 32, 3)
 
@@ -772,6 +787,7 @@ def test_photographs_and_latents_are_learned_from_but_not_judged(world, clip_fol
     (["--segmenter", "llm"], ["--segmenter llm"]), (["--llm", "./nowhere"], ["no such folder"]),
     (["--scorer", "none.safetensors", "--weights", 0, 0, 0, 1], ["--scorer none.safetensors"]),
     (["--weights", 0, 0, 0, 0], ["--weights", "above 0"]), (["--resume"], ["--resume"]),
+    (["--seed", 10**8 + 1], ["--seed", "100000000"]),
     (["--instruction", "in {prompt}?"], ["{label}"]), (["--base", "nowhere"], ["train it first"])])
 def test_slips_end_in_one_line_and_leave_no_folder(world, flags, words):
     refused(command(world, "--train", *flags), *words)

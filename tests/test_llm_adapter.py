@@ -344,6 +344,13 @@ def test_stages_2_and_3_denoise_with_what_the_adapter_makes_of_the_captions(
     assert not torch.equal(eps, second[2]) and not torch.equal(x_0, eps)
 
 
+def test_on_a_gpu_all_stages_and_samples_work(world, pretended_gpu):
+    status, _, errors = train(world, out="on_gpu")
+    assert status == 0, errors
+    status, _, errors = run("sample.py", "ein Mann", "--run", "on_gpu", cwd=world)
+    assert status == 0, errors
+
+
 def test_stages_one_by_one_and_interrupted_end_as_in_one_go(world, monkeypatch):
     assert train(world, "--stages", 1, out="steps")[0] == 0
     right_loss = uvit_fusion.diffusion_loss
@@ -388,8 +395,10 @@ def test_slips_and_another_llm_or_base_are_refused_in_one_line(world, clip_folde
     refused(train(world, "--resume"), "llm_identity")
     shutil.rmtree(world / "llm")
     shutil.move(world / "put_away", world / "llm")
-    save_run(tiny_pipeline(clip_folder, seed=5), world / "other")
+    save_run(tiny_pipeline(clip_folder, seed=5, guidance=2.0), world / "other")
     refused(train(world, "--resume", "--base", "other"), "base = base, now it is other")
+    for stage in STAGES:                                    # and nothing of the run has changed
+        assert common.read_json(world / "run" / stage / "uvit.json")["guidance"] == 3.0
 
 
 # --------------------------------------------------------------------------- grading and comparing
@@ -522,6 +531,13 @@ def test_the_colour_of_a_narrative_is_read_where_it_is_asked_for():
     llm.length = 30
     assert experiment.narrative_colour(llm, scenes, captions, "?").all()
     assert not experiment.narrative_colour(llm, scenes, captions, "").all()
+
+
+def test_on_a_gpu_layers_are_probed(toy_data, base, world, tmp_path, monkeypatch, pretended_gpu):
+    monkeypatch.setattr(toy, "prepare", lambda *flags: toy_data)
+    status, _, errors = run("experiments.llm_adapter", "probe", "--base", base, "--llm",
+                            world / "llm", "--out", "out", "--samples", 16, cwd=tmp_path)
+    assert status == 0, errors
 
 
 def test_a_probe_writes_what_each_layer_knows(toy_data, base, world, tmp_path, monkeypatch):

@@ -50,9 +50,7 @@ def clip_distance(images, data, clip, first=0):
     """The Frechet distance between CLIP's features of N images and of N real validation images."""
     dataset = image_data.CaptionedImages(data, "val", images.shape[1])
     real = torch.stack([dataset.image(first + i) for i in range(len(images))]).permute(0, 2, 3, 1)
-    of_real = common.feature_statistics(clip.images(real).cpu())
-    of_images = common.feature_statistics(clip.images(images).cpu())
-    return common.frechet_distance(*of_real, *of_images)
+    return common.frechet_distance(clip.images(real).cpu(), clip.images(images).cpu())
 
 
 def measure(pipeline, data, samples, rewards=None, first=0, **sampling):
