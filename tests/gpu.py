@@ -28,6 +28,7 @@ class GPUTensor(torch.Tensor):
 
     # what is not dispatched: a GPU's tensor cannot become an array, but a list and a copy
     is_meta = property(lambda self: False)
+    is_cuda = property(lambda self: True)
 
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert a GPU's tensor to numpy")

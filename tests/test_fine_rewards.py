@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import make_coco, refused, run, save_run, tiny_pipeline
+from gpu import DEVICE
 from PIL import Image
 from safetensors.torch import load_file
 from transformers.utils import import_utils
@@ -411,6 +412,17 @@ def test_universal_segmenters_load_without_scipy_and_name_each_segment(
         assert [(name, mask.tobytes()) for name, mask in parts] == expected
 
 
+@pytest.mark.parametrize("family", ["mask2former", "oneformer", "eomt"])
+def test_on_a_gpu_universal_segmenters_and_sam_find_parts(tmp_path, pretended_gpu, family):
+    universal(family, tmp_path / family)
+    save_sam(tmp_path / "sam")
+    finder = segmenter.Segmenter(tmp_path / family, DEVICE, tmp_path / "sam")
+    finder.SURE = 0.3
+    finder.sam.POINTS = 6
+    finder.sam.PREDICTED_IOU = finder.sam.STABILITY = 0.0
+    assert len(finder(some_images(2, 40))) == 2
+
+
 # --------------------------------------------------------------------------------- two-sided score
 @pytest.mark.parametrize("prompt, label, number", [
     ("two red circles above a blue square", "red circle", 2),
@@ -763,7 +775,7 @@ def test_a_training_ends_with_what_was_gained(world):
 
 def test_on_a_gpu_a_training_works(world, pretended_gpu):
     status, _, errors = command(world, "--train", "--sam-score", "two-sided", "--learn", "dpo",
-                                "--weights", 1, 1, 1, 1, out="on_gpu")
+                                "--weights", 1, 1, 1, 1, "--rounds", 1, out="on_gpu")
     assert status == 0, errors
 
 
