@@ -88,6 +88,10 @@ def compute(operation, args, kwargs):
     plain_args, plain_kwargs = pytree.tree_map(
         lambda x: x.tensor if isinstance(x, GPUTensor) else x, (args, kwargs))
     result = operation(*plain_args, **plain_kwargs)
+    if on_gpu and name in ("aten::rand", "aten::rand_like"):        # a GPU draws other numbers
+        result = 1 - result
+    if on_gpu and name in ("aten::randn", "aten::randn_like"):
+        result = -result
     if name.endswith("_") and args and isinstance(args[0], torch.Tensor):      # in place
         return args[0]
     if on_gpu:

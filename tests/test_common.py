@@ -1092,6 +1092,13 @@ def test_results_are_kept_beside_new_ones_and_say_how_they_were_made(tmp_path):
     assert set(results) == {"all", "samples", "commit", "machine", "command"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_peak_memory_is_in_millions_of_bytes():
+    status = Path("/proc/self/status").read_text().split()
+    kib = int(status[status.index("VmHWM:") + 1])
+    assert common.peak_memory_mb() == pytest.approx(kib * 1024 / 1e6, rel=0.01)
+
+
 def test_a_gpu_that_was_not_used_is_not_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")

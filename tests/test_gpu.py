@@ -2,10 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_coco, run
+from conftest import TINY, make_coco, run, tiny_pipeline
 from gpu import DEVICE
 
+import uvit_fusion
 from autoencoder import Autoencoder
+from encoders import TextEncoder
+from image_data import CaptionedImages
 from toy import models
 
 
@@ -43,6 +46,23 @@ def test_a_u_vit_is_trained_resumed_sampled_and_graded(
     works("eval.py", "--by-noise", "--samples", 8)
     works("eval.py", "--quality", "--samples", 8, "--sample-steps", 2)
     works("experiments.fusion", "analyse", "--run", "runs/uvit_fusion", "--samples", 8)
+
+
+def test_images_and_validation_losses_are_those_of_the_cpu(pretended_gpu, coco, clip_folder):
+    dataset = CaptionedImages(coco, "val", 8)
+    figures = []
+    images = []
+    for device in (torch.device("cpu"), DEVICE):
+        pipeline = tiny_pipeline(clip_folder)
+        text_encoder = TextEncoder(clip_folder, device)
+        pipeline = uvit_fusion.Pipeline(
+            pipeline.model.to(device), text_encoder, pipeline.cfg, device, torch.float32)
+        figures.append(pipeline.loss(dataset).item())
+        images.append(pipeline.generate(["a man", "a horse"], steps=3).astype(float))
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+    assert np.abs(images[0] - images[1]).max() <= 1
+    drawn = [torch.randn(9, device=device).cpu() for device in ("cpu", DEVICE)]
+    assert not torch.equal(*drawn)                       # though a GPU draws other noise
 
 
 def test_latents_are_learned_and_decoded(pretended_gpu, tmp_path, clip_folder):
