@@ -25,7 +25,7 @@ Diffusion (Ho et al. 2020): abar_t falls from 1 at t = 0 to about 0 at t = T = 1
 Shapes: images x (B, C, S, S); patches (B, N, D) with N = (S / patch)^2; text features
 (B, L, text_dim); token mask (B, L), True on real tokens; t (B,) in 1..T.
 
-    python uvit_fusion.py --train             # toy world, two cores: 10 to 30 min, 89 % right
+    python uvit_fusion.py --train             # toy world, two cores: 10 to 30 min, 88 % right
     python uvit_fusion.py --train --quick     # simple scenes: half right in one to four minutes
     python uvit_fusion.py --train --data my_images --clip words --out runs/mine
     torchrun --nproc_per_node 4 uvit_fusion.py --train --preset coco --data path/to/coco \
