@@ -490,7 +490,8 @@ def check_value(kind, default, value):
     return value
 
 
-# lowest and highest values of settings that several methods share
+# lowest and highest values of settings that several methods share; a seed is multiplied by up to
+# 10^11, and the product must fit in 64 bits
 BOUNDS = {
     "steps": (1, 2**31), "batch_size": (1, 2**20), "warmup": (0, 2**31), "decay": (0, 1),
     "lr": (1e-12, 1e3), "muon_lr": (1e-12, 1e3), "betas": (0, 1 - 1e-9), "ema": (0, 1),
@@ -629,6 +630,13 @@ def check_run(folder, args):
                         "start over, --out for another folder")
 
 
+def remove_run(folder):
+    """Deletes what a training left in a folder: nothing old may stand beside what is new."""
+    for pattern in ("state.pt", "*.safetensors", "results.json", "metrics.csv"):
+        for old in Path(folder).glob(pattern):
+            old.unlink()
+
+
 def may_go_on(name, before, now):
     """Whether a run with `name` = `before` can resume with the settings `now`, {name: value}."""
     value = now[name]
@@ -714,9 +722,7 @@ class Run:
             if not args.resume:                         # a later stage of a resumed run is new
                 check_run(self.folder, args)
             self.folder.mkdir(parents=True, exist_ok=True)
-            for pattern in ("state.pt", "*.safetensors", "results.json", "metrics.csv"):
-                for old in self.folder.glob(pattern):
-                    old.unlink()
+            remove_run(self.folder)
             write_json(self.folder / "config.json", dataclasses.asdict(cfg))
         if rank == 0:                                   # left by a killed run
             for unfinished in self.folder.rglob("*.unfinished"):

@@ -501,11 +501,10 @@ def raft(cfg, pipeline, rewards, dataset, folder, args):
     folder/round1/, round2/, ... are the run folders of the rounds, each with the images that it
     adds in chosen.pt. With args.resume, finished parts are kept.
     """
-    if not args.resume:                              # an old model must not follow a new round
+    if not args.resume:
         for old in folder.glob("round[0-9]*"):
             shutil.rmtree(old)
-        for name in ("model.safetensors", "results.json"):
-            (folder / name).unlink(missing_ok=True)
+        common.remove_run(folder)
     images = []                                      # of all rounds so far
     rejected = []
     prompts = []

@@ -359,8 +359,7 @@ def train(cfg, base, llm, data, folder, args, stages=(1, 2, 3), adapter_class=Ad
     if args.overwrite:                              # an old stage must not follow a new one
         for n in (1, 2, 3):
             shutil.rmtree(folder / f"stage{n}", ignore_errors=True)
-        for name in ("model.safetensors", "results.json"):
-            (folder / name).unlink(missing_ok=True)
+        common.remove_run(folder)
     later = folder / f"stage{max(stages) + 1}"
     if args.resume and later.exists():              # <folder> is a copy of the last stage
         raise UserError(f"--stages {max(stages)}: {later}/ already exists: leave --stages out")
