@@ -363,7 +363,8 @@ def attach(pipeline, path):
     """
     folder, weights = common.run_files(path)
     cfg = common.read_config(Config, folder)
-    adapted = not isinstance(pipeline.text_encoder, encoders.TextEncoder)      # already
+    # it is that of llm_adapter.py, or has an adapter already
+    adapted = not isinstance(pipeline.text_encoder, encoders.TextEncoder)
     if adapted or pipeline.identity() != cfg.base_identity:
         raise UserError(f"the adapter in {folder}/ was trained for {cfg.base} as it was then, not "
                         "for this network and text encoder: name its base with --run")

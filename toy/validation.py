@@ -92,13 +92,13 @@ def report(pipeline, data, folder, samples, begin):
 
     Writes samples/validation.png and results.json. begin: time.time() at the start.
     """
-    figures = {}
     folder = Path(folder)
     dataset = CaptionedImages(data, "val", pipeline.image_size)
     captions = validation_captions(dataset, 24)
     path = folder / "samples" / "validation.png"
     common.image_grid(pipeline.generate(captions), captions, path)
     print(f"captions of the validation split, drawn: {path}")
+    figures = {}
     if "scene" in dataset.items[0][2]:                   # the toy world
         figures, table = judge.accuracy(pipeline, data, samples)
         cfg = pipeline.cfg
